@@ -1,0 +1,1 @@
+"""Generated rehearsals of expert-parallel PPO on megatron-core, judged by laws."""

@@ -1,0 +1,82 @@
+"""Canonical weights: names, shapes and values from one seed; and the shard map, which slice lives where.
+
+Names are those of a Qwen3-MoE checkpoint (`docs/ppo.md`). Knows no megatron, no process group, no fuzzer: a
+layout's coordinates are plain numbers. `place` says which slice of a canonical tensor a rank holds.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from toy_models.spec import Layout, MoEModel, uniform
+
+ROLES = ("actor", "critic", "reference", "reward")
+Shape = tuple[int, ...]
+Slices = tuple[slice, ...]
+
+
+def has_token_head(role: str) -> bool:
+    """Actor and reference predict tokens; critic and reward model have one scalar per position."""
+    return role in ("actor", "reference")
+
+
+def _attention_shapes(model: MoEModel) -> dict[str, Shape]:
+    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    sizes = {"q": queries, "k": keys, "v": keys}
+    shapes = {f"{x}_proj.weight": (size, model.hidden) for x, size in sizes.items()}
+    if model.family == "qwen2moe":
+        shapes |= {f"{x}_proj.bias": (size,) for x, size in sizes.items()}
+    if model.family == "qwen3moe":
+        shapes |= {"q_norm.weight": (model.head_dim,), "k_norm.weight": (model.head_dim,)}
+    return shapes | {"o_proj.weight": (model.hidden, queries)}
+
+
+def _mlp_shapes(model: MoEModel, width: int) -> dict[str, Shape]:
+    up, down = (width, model.hidden), (model.hidden, width)
+    return {"gate_proj.weight": up, "up_proj.weight": up, "down_proj.weight": down}
+
+
+def _layer_shapes(model: MoEModel) -> dict[str, Shape]:
+    shapes = {"input_layernorm.weight": (model.hidden,), "post_attention_layernorm.weight": (model.hidden,)}
+    shapes |= {f"self_attn.{name}": shape for name, shape in _attention_shapes(model).items()}
+    shapes |= {"mlp.gate.weight": (model.experts, model.hidden)}
+    for expert in range(model.experts):
+        shapes |= {f"mlp.experts.{expert}.{k}": v for k, v in _mlp_shapes(model, model.ffn).items()}
+    if model.shared_ffn:
+        shapes |= {f"mlp.shared_expert.{k}": v for k, v in _mlp_shapes(model, model.shared_ffn).items()}
+        shapes |= {"mlp.shared_expert_gate.weight": (1, model.hidden)}
+    return shapes
+
+
+@cache
+def shapes(model: MoEModel, role: str) -> Mapping[str, Shape]:
+    """Every canonical tensor of a role's model: name -> full shape."""
+    table: dict[str, Shape] = {"model.embed_tokens.weight": (model.vocab, model.hidden)}
+    for layer in range(model.layers):
+        table |= {f"model.layers.{layer}.{k}": v for k, v in _layer_shapes(model).items()}
+    table["model.norm.weight"] = (model.hidden,)
+    if not has_token_head(role):
+        table["score.weight"] = (1, model.hidden)
+    elif not model.tied:
+        table["lm_head.weight"] = (model.vocab, model.hidden)
+    return table
+
+
+def _draw(model: MoEModel, role: str, seed: int, name: str, shape: Shape) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(int(uniform("weight", seed, role, name) * 2**31))
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if name.endswith("norm.weight"):
+        return 1 + 0.2 * noise
+    if name.endswith(".bias"):
+        return 0.2 * noise
+    if name == "model.embed_tokens.weight":
+        noise[:, 0] += model.skew  # a direction common to all tokens, by which the router can prefer experts
+        return noise
+    if name.endswith("mlp.gate.weight"):
+        noise[:, 0] -= model.skew * torch.arange(shape[0], dtype=torch.float64)
+    return noise * shape[-1] ** -0.5
+
+
+def canonical(model: MoEModel, role: str, seed: int) -> dict[str, torch.Tensor]:
+    """The weights of a role's model, float64, from `seed` alone; each tensor has its own random stream."""
+    return {name: _draw(model, role, seed, name, shape) for name, shape in shapes(model, role).items()}
