@@ -1,0 +1,101 @@
+"""The real families made tiny: names, shapes and values agree; and `keep_float64` keeps its word."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from toy_models import families, weights
+from toy_models.precision import keep_float64
+from toy_models.spec import FAMILIES, MoEModel
+
+MODELS = {
+    "qwen3moe": MoEModel(layers=2, experts=4, top_k=2, norm_topk_prob=True, heads=4, kv_heads=2, ffn=6),
+    "qwen2moe": MoEModel(family="qwen2moe", layers=2, experts=3, heads=2, kv_heads=1, shared_ffn=6),
+    "mixtral": MoEModel(family="mixtral", experts=4, top_k=2, norm_topk_prob=True, heads=2, tied=True),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_names_and_shapes_are_those_of_transformers(family: str) -> None:
+    model = MODELS[family]
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(families.hf_config(model))
+    expected = {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}
+    ours = families.to_hf(model, weights.canonical(model, "actor", seed=0))
+    assert {name: tuple(tensor.shape) for name, tensor in ours.items()} == expected
+
+
+@pytest.mark.parametrize("role", weights.ROLES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_to_hf_and_back_is_the_same(family: str, role: str) -> None:
+    model = MODELS[family]
+    canonical = weights.canonical(model, role, seed=1)
+    back = families.from_hf(model, families.to_hf(model, canonical))
+    assert set(back) == set(weights.shapes(model, role))
+    assert all(torch.equal(back[name], canonical[name]) for name in canonical)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_is_float64_and_eager_without_dropout(family: str) -> None:
+    config = families.hf_config(MODELS[family])
+    assert config.dtype is torch.float64
+    assert (config._attn_implementation, config._experts_implementation) == ("eager", "eager")
+    assert config.attention_dropout == 0 and config.pad_token_id is None and not config.sliding_window
+    assert config.rms_norm_eps == families.rms_norm_eps(family)
+    assert config.rope_parameters["rope_theta"] == families.rope_theta(family)
+
+
+def test_inv_freq_is_the_usual_formula_in_float64() -> None:
+    frequencies = families.inv_freq(10000.0, 8)
+    assert frequencies.dtype is torch.float64
+    assert frequencies.tolist() == pytest.approx([1, 0.1, 0.01, 0.001], rel=1e-15)
+
+
+CONVERSIONS = {
+    "float": lambda x: x.float(),
+    "to": lambda x: x.to(torch.float32),
+    "to keyword": lambda x: x.to(dtype=torch.float32),
+    "to device and dtype": lambda x: x.to("cpu", torch.float32),
+    "type": lambda x: x.type(torch.float32),
+    "type by name": lambda x: x.type("torch.FloatTensor"),
+    "torch.softmax": lambda x: torch.softmax(x, dim=-1, dtype=torch.float32),
+    "torch.softmax by name": lambda x: torch.softmax(input=x, dim=-1, dtype=torch.float32),
+    "F.softmax": lambda x: F.softmax(x, dim=-1, dtype=torch.float32),
+    "Tensor.softmax": lambda x: x.softmax(-1, torch.float32),
+    "torch.log_softmax": lambda x: torch.log_softmax(x, -1, dtype=torch.float32),
+    "F.log_softmax": lambda x: F.log_softmax(x, dim=-1, dtype=torch.float32),
+    "Tensor.log_softmax": lambda x: x.log_softmax(-1, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_keep_float64_keeps_float64_and_touches_nothing_else(name: str) -> None:
+    convert = CONVERSIONS[name]
+    wide, narrow = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.bfloat16)
+    with keep_float64():
+        assert convert(wide).dtype is torch.float64
+        assert convert(narrow).dtype is torch.float32
+        with keep_float64(False):
+            assert convert(wide).dtype is torch.float64
+    assert convert(wide).dtype is torch.float32
+
+
+def test_keep_float64_leaves_other_arguments_alone() -> None:
+    wide = torch.randn(3, dtype=torch.float64)
+    with keep_float64():
+        assert wide.to(torch.bfloat16).dtype is torch.bfloat16
+        assert wide.to(torch.ones(1, dtype=torch.int64)).dtype is torch.int64
+        assert wide.type() == "torch.DoubleTensor"
+
+
+def test_keep_float64_is_undone_on_exit_and_on_an_error() -> None:
+    names = ("float", "to", "type", "softmax", "log_softmax")
+    before = [vars(torch.Tensor).get(name) for name in names] + [torch.softmax, F.softmax, F.log_softmax]
+    with pytest.raises(KeyError), keep_float64(), keep_float64():
+        raise KeyError
+    assert before == [vars(torch.Tensor).get(name) for name in names] + [
+        torch.softmax,
+        F.softmax,
+        F.log_softmax,
+    ]

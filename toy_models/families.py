@@ -1,0 +1,111 @@
+"""MoEModel -> transformers: the config of a real family made tiny, and weights under transformers' names.
+
+The `*_minimal.json` files hold what a family fixes (rope, norm epsilon, activation, biases); a MoEModel has
+the sizes. `constants` gives the same numbers to whoever builds the model on another library. Downloads nothing.
+Knows no megatron, no PPO, no layout.
+
+Canonical names (`toy_models.weights`) have one tensor per expert; transformers 5 keeps the experts of a layer
+fused: `mlp.experts.gate_up_proj` [E, 2F, H], gate first, and `mlp.experts.down_proj` [E, H, F]. All other names
+agree.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from toy_models.spec import MoEModel
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+Tensors = dict[str, torch.Tensor]
+
+
+@cache
+def constants(family: str) -> Mapping[str, Any]:
+    """What the family fixes whatever its size, as in its JSON file: fields of the transformers config."""
+    path = Path(__file__).with_name(f"{family}_minimal.json")
+    return MappingProxyType(json.loads(path.read_text()))
+
+
+def rms_norm_eps(family: str) -> float:
+    return constants(family)["rms_norm_eps"]
+
+
+def rope_theta(family: str) -> float:
+    return constants(family)["rope_parameters"]["rope_theta"]
+
+
+def inv_freq(theta: float, head_dim: int) -> torch.Tensor:
+    """Rotary frequencies [head_dim / 2] in float64; both libraries would make them in float32."""
+    return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+
+def _sizes(model: MoEModel) -> dict[str, Any]:
+    sizes = {
+        "vocab_size": model.vocab, "hidden_size": model.hidden, "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim,
+        "num_experts_per_tok": model.top_k, "intermediate_size": model.ffn, "tie_word_embeddings": model.tied,
+    }  # fmt: skip
+    if model.family == "mixtral":
+        return sizes | {"num_local_experts": model.experts}
+    moe = {
+        "num_experts": model.experts,
+        "moe_intermediate_size": model.ffn,
+        "norm_topk_prob": model.norm_topk_prob,
+    }
+    shared = {"shared_expert_intermediate_size": model.shared_ffn} if model.shared_ffn else {}
+    return sizes | moe | shared
+
+
+def hf_config(model: MoEModel) -> PretrainedConfig:
+    """The transformers config: float64, eager attention, eager experts (the default refuses float64)."""
+    fields = {k: v for k, v in constants(model.family).items() if k != "model_type"} | _sizes(model)
+    return AutoConfig.for_model(
+        constants(model.family)["model_type"],
+        dtype=torch.float64,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        **fields,
+    )
+
+
+def to_hf(model: MoEModel, canonical: Mapping[str, torch.Tensor]) -> Tensors:
+    """Canonical tensors -> state dict of the family's ForCausalLM class; `score.weight` passes through."""
+    state = {name: tensor for name, tensor in canonical.items() if not _EXPERT.fullmatch(name)}
+    for layer in range(model.layers):
+        path = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack([canonical[f"{path}.{expert}.{kind}_proj.weight"] for expert in range(model.experts)])
+            for kind in ("gate", "up", "down")
+        )
+        state |= {f"{path}.gate_up_proj": torch.cat([gate, up], dim=1), f"{path}.down_proj": down}
+    return state
+
+
+def _split_experts(model: MoEModel, name: str, tensor: torch.Tensor) -> Tensors:
+    path, kind = name.rsplit(".", 1)
+    if kind == "down_proj":
+        return {
+            f"{path}.{expert}.down_proj.weight": tensor[expert].clone() for expert in range(model.experts)
+        }
+    gate_up = {"gate": slice(model.ffn), "up": slice(model.ffn, None)}
+    return {
+        f"{path}.{expert}.{kind}_proj.weight": tensor[expert, rows].clone()
+        for expert in range(model.experts)
+        for kind, rows in gate_up.items()
+    }
+
+
+def from_hf(model: MoEModel, named: Mapping[str, torch.Tensor]) -> Tensors:
+    """The inverse of `to_hf`, for weights, gradients and moments; expert tensors are copies, the rest shared."""
+    canonical: Tensors = {}
+    for name, tensor in named.items():
+        fused = name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"))
+        canonical |= _split_experts(model, name, tensor) if fused else {name: tensor}
+    return canonical
