@@ -4,8 +4,9 @@ Names are those of a Qwen3-MoE checkpoint (`docs/ppo.md`). Knows no megatron, no
 layout's coordinates are plain numbers. `place` says which slice of a canonical tensor a rank holds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from toy_models.spec import Layout, MoEModel, uniform
@@ -80,3 +81,74 @@ def _draw(model: MoEModel, role: str, seed: int, name: str, shape: Shape) -> tor
 def canonical(model: MoEModel, role: str, seed: int) -> dict[str, torch.Tensor]:
     """The weights of a role's model, float64, from `seed` alone; each tensor has its own random stream."""
     return {name: _draw(model, role, seed, name, shape) for name, shape in shapes(model, role).items()}
+
+
+class Coordinates(NamedTuple):
+    """Where a rank sits on each axis, by megatron's default order tp-cp-ep-dp-pp (tp fastest)."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    etp: int
+    ep: int
+    edp: int
+
+
+@cache
+def coordinates(layout: Layout, rank: int) -> Coordinates:
+    """An independent formula for what `parallel_state.initialize_model_parallel` must give this rank."""
+    stage, inner = divmod(rank, layout.world // layout.pp)
+    rest, tp = divmod(inner, layout.tp)
+    dp, cp = divmod(rest, layout.cp)
+    rest, etp = divmod(inner, layout.etp)
+    edp, ep = divmod(rest, layout.ep)
+    return Coordinates(tp=tp, cp=cp, dp=dp, pp=stage, etp=etp, ep=ep, edp=edp)
+
+
+ROW_PARALLEL = ("o_proj.weight", "down_proj.weight")  # cut along the input, axis 1
+COLUMN_PARALLEL = (
+    "embed_tokens.weight", "lm_head.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight", "q_proj.bias",
+    "k_proj.bias", "v_proj.bias", "gate_proj.weight", "up_proj.weight",
+)  # fmt: skip  # cut along the output, axis 0
+
+
+def expert_of(name: str) -> int | None:
+    """The index of the routed expert that a canonical tensor belongs to, or None."""
+    return int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else None
+
+
+def _cut(name: str, shape: Shape, part: int, parts: int) -> Slices:
+    axis = 1 if name.endswith(ROW_PARALLEL) else 0 if name.endswith(COLUMN_PARALLEL) else None
+    if axis is None or parts == 1:
+        return tuple(slice(0, size) for size in shape)
+    step = shape[axis] // parts
+    mine = slice(part * step, (part + 1) * step)
+    return tuple(mine if i == axis else slice(0, size) for i, size in enumerate(shape))
+
+
+@cache
+def held(model: MoEModel, layout: Layout, role: str, rank: int) -> Mapping[str, Slices]:
+    """The shard map: canonical name -> slice of the full tensor, for every tensor of which `rank` has a part.
+
+    Ranks whose slices of one name are equal are replicas of each other.
+    """
+    at, local = coordinates(layout, rank), model.experts // layout.ep
+    table = {}
+    for name, shape in shapes(model, role).items():
+        expert = expert_of(name)
+        if expert is None:
+            table[name] = _cut(name, shape, at.tp, layout.tp)
+        elif expert // local == at.ep:
+            table[name] = _cut(name, shape, at.etp, layout.etp)
+    return table
+
+
+def assemble(shape: Shape, parts: Iterable[tuple[Slices, torch.Tensor]]) -> torch.Tensor:
+    """One full tensor from the parts that ranks hold; NaN where none does, replicas overwrite each other."""
+    whole = None
+    for where, part in parts:
+        whole = part.new_full(shape, float("nan")) if whole is None else whole
+        whole[where] = part
+    assert whole is not None, f"no rank holds any part of a tensor of shape {shape}"
+    return whole

@@ -1,0 +1,206 @@
+"""Runs a case inside a rank: process groups, the four models, the program, and what is seen on the way.
+
+Knows the system under test and the platform; knows nothing of Hypothesis, laws or other processes. What it returns
+are plain tensors and numbers under the keys of `docs/ppo.md`; nothing is gathered between ranks for observing.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fuzz import cpu_platform, probe
+from fuzz.case import Case, Rollout, Update
+from megatron.core import parallel_state
+from megatron.core.transformer.moe import moe_utils
+from toy_models import megatron, ppo, precision
+from toy_models.megatron import Role
+from toy_models.spec import Layout
+from toy_models.weights import ROLES
+
+KEPT_LAYOUTS = 24  # process groups of this many layouts stay open; making them costs more than a small case
+GROUP_TIMEOUT = timedelta(seconds=120)  # a backstop: the parent's deadline is shorter
+
+
+def start(rank: int, world: int, store_path: str, plants: tuple[str, ...] = ()) -> None:
+    """Called once in a rank process: platform, planted bugs, the default process group."""
+    if not torch.cuda.is_available():
+        cpu_platform.apply()
+    for plant in plants:
+        module, function = plant.rsplit(":", 1)
+        getattr(importlib.import_module(module), function)()
+    store = dist.FileStore(store_path, world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
+
+
+# ---- process groups, kept per layout ---------------------------------------------------------------------------
+
+_groups: OrderedDict[Layout, dict[str, Any]] = OrderedDict()
+
+
+def _globals() -> dict[str, Any]:
+    """megatron's module-level parallel state: every name in capitals behind an underscore."""
+    return {k: v for k, v in vars(parallel_state).items() if k.startswith("_") and k[1:2].isupper()}
+
+
+_pristine = _globals()
+
+
+def use_groups(layout: Layout) -> None:
+    """Put megatron's parallel state as after a fresh initialize_model_parallel for this layout."""
+    vars(parallel_state).update(_groups.get(layout, _pristine))
+    if layout in _groups:
+        _groups.move_to_end(layout)
+    else:
+        _make_groups(layout)
+    parallel_state.destroy_global_memory_buffer()
+    parallel_state._set_global_memory_buffer()
+    # State that lives in no model object (docs: FACTS 'State outside the model objects').
+    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()
+
+
+def _make_groups(layout: Layout) -> None:
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        create_gloo_process_groups=False,
+    )
+    _groups[layout] = _globals()
+    if len(_groups) > KEPT_LAYOUTS:
+        _, oldest = _groups.popitem(last=False)
+        _close(oldest)
+
+
+def _close(state: Mapping[str, Any]) -> None:
+    flat = [g for v in state.values() for g in (v if isinstance(v, list) else [v])]
+    groups = {id(g): g for g in flat if isinstance(g, dist.ProcessGroup) and g is not dist.group.WORLD}
+    for group in groups.values():
+        dist.destroy_process_group(group)
+
+
+# ---- one case --------------------------------------------------------------------------------------------------
+
+
+class Seen:
+    """What this rank has seen so far, and how long each stage took."""
+
+    def __init__(self, progress: Callable[[str], None]) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.numbers: dict[str, float] = {}
+        self.facts: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._progress(name)
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def pieces(self, prefix: str, role: Role, kind: str) -> None:
+        for name, piece in role.pieces(kind).items():
+            self.tensors[f"{prefix}/{role.name}/{kind}/{name}"] = piece.clone()
+
+    def digest(self, key: str, roles: Mapping[str, Role]) -> None:
+        self.facts[f"{key}/digest"] = {name: _digests(role) for name, role in roles.items()}
+
+
+def _digests(role: Role) -> dict[str, str]:
+    """A short hash of every parameter and buffer, bit by bit."""
+    named = [*role.gpt.named_parameters(), *role.gpt.named_buffers()]
+    return {name: hashlib.blake2b(_bits(tensor), digest_size=8).hexdigest() for name, tensor in named}
+
+
+def _bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def step(progress: Callable[[str], None], case: Case, forced: Mapping[int, Mapping] | None = None) -> dict[str, Any]:
+    """Run the program of a case on this rank. `forced`: iteration -> {(row, position): token} to put, not sample."""
+    seen = Seen(progress)
+    with precision.keep_float64(case.precision == "float64"):
+        with seen.stage("groups"):
+            use_groups(case.layout)
+        with seen.stage("models"):
+            roles = {name: megatron.make_role(case, name) for name in ROLES}
+        _run(case, roles, forced or {}, seen)
+    seen.facts["coordinates"] = _coordinates()
+    return {"tensors": seen.tensors, "numbers": seen.numbers, "facts": seen.facts, "seconds": seen.seconds}
+
+
+def _run(case: Case, roles: Mapping[str, Role], forced: Mapping[int, Mapping], seen: Seen) -> None:
+    iteration, experience = -1, None
+    for operation in case.program:
+        if isinstance(operation, Rollout):
+            iteration += 1
+            experience = _experience(case, roles, iteration, forced.get(iteration, {}), seen)
+        elif isinstance(operation, Update):
+            assert experience is not None
+            _update(case, roles, iteration, experience, seen)
+
+
+def _experience(
+    case: Case, roles: Mapping[str, Role], iteration: int, forced: Mapping, seen: Seen
+) -> ppo.Experience:
+    key = str(iteration)
+    seen.digest(f"{key}/start", roles)
+    with seen.stage("rollout"):
+        rollout = ppo.roll_out(case, roles["actor"], iteration, forced)
+    with seen.stage("experience"), probe.recording(roles["actor"]) as record:
+        experience = ppo.gather_experience(case, roles, rollout)
+    width = case.batch.prompt + case.batch.response
+    seen.tensors[f"{key}/tokens"], seen.tensors[f"{key}/mask"] = rollout.tokens_RW[:, :width], rollout.mask_RT
+    for name in ("old_logp", "ref_logp", "values", "scores", "rewards", "advantages", "returns"):
+        seen.tensors[f"{key}/{name}"] = getattr(experience, name)
+    with seen.stage("dispatch"):
+        seen.tensors |= {f"{key}/{name}": tensor for name, tensor in record.tensors().items()}
+        _probe(roles["actor"], record, key, seen)
+    seen.digest(f"{key}/experienced", roles)
+    return experience
+
+
+def _probe(actor: Role, record: probe.Record, key: str, seen: Seen) -> None:
+    for layer in range(actor.model.layers):
+        tensors, facts = probe.dispatch(actor, layer, record)
+        seen.tensors |= {f"{key}/dispatch/{layer}/{name}": tensor for name, tensor in tensors.items()}
+        seen.facts[f"{key}/dispatch/{layer}/splits"] = facts
+
+
+def _update(case: Case, roles: Mapping[str, Role], iteration: int, experience: ppo.Experience, seen: Seen) -> None:
+    def watch(moment: str, role: Role, step: int, numbers: Mapping[str, Any]) -> None:
+        prefix = f"{iteration}/{step}"
+        if moment == "gradients":
+            return seen.pieces(prefix, role, "grad")
+        for kind in ("weight", "exp_avg", "exp_avg_sq", "momentum_buffer"):
+            seen.pieces(prefix, role, kind)
+        if role.name == "actor":
+            seen.tensors[f"{prefix}/logp"] = torch.cat([report["logp"] for report in numbers["reports"]])
+        return None
+
+    with seen.stage("update"):
+        history = ppo.update(case, roles, experience, watch)
+    for step, metrics in enumerate(history):
+        seen.numbers |= {f"{iteration}/{step}/{name}": value for name, value in metrics.items()}
+    seen.digest(f"{iteration}/updated", roles)
+
+
+def _coordinates() -> dict[str, int]:
+    """Where megatron itself says that this rank sits."""
+    return {
+        "tp": parallel_state.get_tensor_model_parallel_rank(),
+        "cp": parallel_state.get_context_parallel_rank(),
+        "dp": parallel_state.get_data_parallel_rank(),
+        "pp": parallel_state.get_pipeline_model_parallel_rank(),
+        "etp": parallel_state.get_expert_tensor_parallel_rank(),
+        "ep": parallel_state.get_expert_model_parallel_rank(),
+        "edp": parallel_state.get_expert_data_parallel_rank(),
+    }

@@ -1,0 +1,302 @@
+"""The four models of PPO on megatron-core: configuration, layer spec, weights in and out under canonical names.
+
+Knows layouts and weights; knows nothing of PPO, of the reference or of the fuzzer. Process groups are megatron's
+own global ones (`parallel_state`), initialised by the caller.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from toy_models import families, weights
+from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches, padded_width
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm as a layer-spec choice: megatron's own wrapper refuses sequence parallel."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[assignment]
+
+
+class ScalarHead(torch.nn.Module):
+    """One number per position, replicated over TP: [S/TP, B, H] -> [S, B, 1], the head of critic and reward model.
+
+    Stands where GPTModel has its output layer, as in verl's `LinearForLastLayer`. Each TP rank sees its part of the
+    sequence, so the weight is marked `sequence_parallel` and finalize_model_grads sums its gradient over TP.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        values = hidden @ self.weight.t()
+        if self.weight.sequence_parallel:  # type: ignore[attr-defined]
+            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
+        return values, None
+
+
+def _options(model: MoEModel) -> dict[str, Any]:
+    """What the model asks of TransformerConfig, whatever the layout."""
+    return {
+        "num_layers": model.layers,
+        "hidden_size": model.hidden,
+        "num_attention_heads": model.heads,
+        "num_query_groups": model.kv_heads,
+        "kv_channels": model.head_dim,
+        "ffn_hidden_size": model.ffn,
+        "moe_ffn_hidden_size": model.ffn,
+        "num_moe_experts": model.experts,
+        "moe_router_topk": model.top_k,
+        "moe_router_pre_softmax": not model.norm_topk_prob,
+        "moe_router_load_balancing_type": "aux_loss" if model.aux_loss else "none",
+        "moe_aux_loss_coeff": model.aux_loss,
+        "moe_z_loss_coeff": model.z_loss or None,
+        "moe_shared_expert_intermediate_size": model.shared_ffn or None,
+        "moe_shared_expert_gate": model.shared_ffn > 0,
+        "add_qkv_bias": model.family == "qwen2moe",
+        "qk_layernorm": model.family == "qwen3moe",
+        "layernorm_epsilon": families.rms_norm_eps(model.family),
+    }
+
+
+# No dropout, no fusion (they need CUDA), no drawn weights (they are always loaded).
+FIXED: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": torch.nn.functional.silu,
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "perform_initialization": False,
+    "use_cpu_initialization": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+    "gradient_accumulation_fusion": False,
+}
+
+
+def transformer_config(model: MoEModel, layout: Layout, switches: Switches, precision: str) -> TransformerConfig:
+    """A TransformerConfig of its own for each model: schedules hang functions on it."""
+    config = TransformerConfig(
+        **_options(model),
+        **FIXED,
+        tensor_model_parallel_size=layout.tp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        sequence_parallel=layout.tp > 1,
+        moe_token_dispatcher_type=switches.dispatcher,
+        params_dtype=DTYPES[precision],
+        pipeline_dtype=DTYPES[precision],
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    if precision == "float64":
+        # Megatron scales balance losses by a float32 1/num_microbatches, 3e-8 off for 3; a scale in float64 is exact.
+        config.grad_scale_func = lambda loss: loss.double()
+    return config
+
+
+def _spec(model: MoEModel) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(
+        num_experts=model.experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=model.family == "qwen3moe",
+        normalization="RMSNorm",
+    )
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    if model.family == "qwen3moe":
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layers: list[ModuleSpec] = [layer] * model.layers
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def build(model: MoEModel, role: str, config: TransformerConfig, batch: Batch, layout: Layout) -> GPTModel:
+    """A GPTModel with the head of its role; its weights are whatever memory held until `load`."""
+    token_head = weights.has_token_head(role)
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=_spec(model),
+        vocab_size=model.vocab,
+        max_sequence_length=padded_width(layout, batch),
+        share_embeddings_and_output_weights=token_head and model.tied,
+        position_embedding_type="rope",
+        rotary_base=families.rope_theta(model.family),
+        parallel_output=True,
+    )
+    if not token_head:
+        gpt.output_layer = ScalarHead(config)
+    if config.params_dtype == torch.float64:
+        gpt.rotary_pos_emb.inv_freq = families.inv_freq(families.rope_theta(model.family), model.head_dim)
+    return gpt
+
+
+_ATTENTION = {
+    "linear_proj.weight": "self_attn.o_proj.weight",
+    "q_layernorm.weight": "self_attn.q_norm.weight",
+    "k_layernorm.weight": "self_attn.k_norm.weight",
+}
+_PLAIN = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "input_layernorm.weight": "input_layernorm.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.router.weight": "mlp.gate.weight",
+    "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
+    **{f"self_attention.{k}": v for k, v in _ATTENTION.items()},
+}
+
+
+def _halves(fc1: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
+    gate, up = fc1.chunk(2, dim=0)
+    return {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}
+
+
+def _queries_keys_values(model: MoEModel, qkv: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
+    """linear_qkv holds, per query group: its query heads, then one key head, then one value head."""
+    per_group = model.heads // model.kv_heads
+    groups = qkv.reshape(-1, (per_group + 2) * model.head_dim, *qkv.shape[1:])
+    sizes = [per_group * model.head_dim, model.head_dim, model.head_dim]
+    parts = zip("qkv", groups.split(sizes, dim=1), strict=True)
+    return {f"self_attn.{x}_proj.{kind}": part.reshape(-1, *qkv.shape[1:]) for x, part in parts}
+
+
+def _unpack_in_layer(model: MoEModel, name: str, tensor: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
+    if name in _PLAIN:
+        return {_PLAIN[name]: tensor}
+    if name.startswith("self_attention.linear_qkv."):
+        return _queries_keys_values(model, tensor, name.rsplit(".", 1)[1])
+    expert = re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.linear_fc([12])\.weight", name)
+    shared = re.fullmatch(r"mlp\.shared_experts\.linear_fc([12])\.weight", name)
+    assert expert or shared, f"no canonical name is known for megatron's parameter {name}"
+    prefix = f"mlp.experts.{first + int(expert[1])}" if expert else "mlp.shared_expert"
+    first_layer = (expert or shared).groups()[-1] == "1"  # type: ignore[union-attr]
+    return _halves(tensor, prefix) if first_layer else {f"{prefix}.down_proj.weight": tensor}
+
+
+def unpack(model: MoEModel, role: str, name: str, tensor: torch.Tensor, first_expert: int) -> dict[str, torch.Tensor]:
+    """A tensor shaped like megatron's parameter `name` as the canonical pieces it holds (views where possible)."""
+    if name == "output_layer.weight":
+        return {"lm_head.weight" if weights.has_token_head(role) else "score.weight": tensor}
+    layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if not layer:
+        return {_PLAIN[name]: tensor}
+    pieces = _unpack_in_layer(model, layer[2], tensor, first_expert)
+    return {f"model.layers.{layer[1]}.{k}": v for k, v in pieces.items()}
+
+
+@dataclass
+class Role:
+    """One of the four models on this rank. `optimizer` is None for the two that never learn."""
+
+    name: str
+    model: MoEModel
+    layout: Layout
+    rank: int
+    module: torch.nn.Module
+    optimizer: MegatronOptimizer | None = None
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.gpt.config
+
+    @property
+    def gpt(self) -> GPTModel:
+        return self.module.module if self.optimizer else self.module
+
+    def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return self.gpt.named_parameters()
+
+    def unpack(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Canonical pieces of a tensor shaped like the parameter `name`."""
+        first = weights.coordinates(self.layout, self.rank).ep * (self.model.experts // self.layout.ep)
+        return unpack(self.model, self.name, name, tensor, first)
+
+    def pieces(self, kind: str) -> dict[str, torch.Tensor]:
+        """This rank's canonical pieces of every 'weight', 'grad' (reduced, before clipping) or optimizer state."""
+        found = {}
+        for name, parameter in self.parameters():
+            tensor = self._tensor(parameter, kind)
+            if tensor is not None:
+                found |= self.unpack(name, tensor.detach())
+        return found
+
+    def _tensor(self, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor | None:
+        if kind == "weight":
+            return parameter
+        if kind == "grad":
+            return parameter.main_grad  # type: ignore[attr-defined,no-any-return]
+        assert self.optimizer
+        for inner in self.optimizer.chained_optimizers:
+            if parameter in inner.optimizer.state:
+                return inner.optimizer.state[parameter].get(kind)
+        return None
+
+
+def load(role: Role, canonical: Mapping[str, torch.Tensor]) -> None:
+    """Copy this rank's slices of the canonical weights into the sharded model."""
+    where = weights.held(role.model, role.layout, role.name, role.rank)
+    for name, parameter in role.parameters():
+        flat = torch.arange(parameter.numel()).reshape(parameter.shape)
+        for piece, index in role.unpack(name, flat).items():
+            part = canonical[piece][where[piece]].to(parameter.dtype)
+            parameter.data.view(-1)[index.reshape(-1)] = part.reshape(-1)
+
+
+def _optimizer(role: str, module: torch.nn.Module, ppo: PPO, precision: str) -> MegatronOptimizer:
+    config = OptimizerConfig(
+        optimizer=ppo.optimizer,
+        lr=ppo.lr if role == "actor" else ppo.critic_lr,
+        weight_decay=ppo.weight_decay,
+        adam_beta1=ppo.beta1,
+        adam_beta2=ppo.beta2,
+        adam_eps=ppo.eps,
+        sgd_momentum=ppo.momentum,
+        clip_grad=ppo.max_norm,
+        params_dtype=DTYPES[precision],
+    )
+    return get_megatron_optimizer(config, [module], use_gloo_process_groups=False)
+
+
+def make_role(case: Any, name: str) -> Role:
+    """Build, load and, for actor and critic, wrap in DDP with an optimizer. `case` has the parts of `toy_models.spec`."""
+    config = transformer_config(case.model, case.layout, case.switches, case.precision)
+    gpt = build(case.model, name, config, case.batch, case.layout)
+    role = Role(name, case.model, case.layout, torch.distributed.get_rank(), gpt)
+    load(role, weights.canonical(case.model, name, case.seed))
+    if name in ("actor", "critic"):
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
+        role.module = DistributedDataParallel(config, ddp, gpt)
+        role.optimizer = _optimizer(name, role.module, case.ppo, case.precision)
+        config.no_sync_func = role.module.no_sync
+    else:
+        gpt.requires_grad_(False)
+    return role
+
+
+def data_parallel_group() -> torch.distributed.ProcessGroup:
+    return parallel_state.get_data_parallel_group()

@@ -1,0 +1,340 @@
+"""One PPO iteration on megatron-core, as plain functions: rollout, experience, advantages, updates.
+
+Written from `docs/ppo.md`, which has every formula. Knows the four roles of `toy_models.megatron`; knows nothing of the
+fuzzer or of the reference. Shapes: R rows of this DP rank, W padded width, T greatest response, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import (
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from toy_models import spec
+from toy_models.megatron import Role
+
+Roles = Mapping[str, Role]
+Watch = Callable[[str, Role, int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sequences of this DP rank's rows, `rows` naming them: tokens_RW, mask_RT (1 where sampled), lengths in tokens."""
+
+    rows: tuple[int, ...]
+    tokens_RW: torch.Tensor
+    mask_RT: torch.Tensor
+    prompts_R: torch.Tensor
+    responses_R: torch.Tensor
+
+    def take(self, wanted: Sequence[int]) -> "Rollout":
+        """The same for some of the rows."""
+        at = [self.rows.index(row) for row in wanted]
+        parts = (self.tokens_RW, self.mask_RT, self.prompts_R, self.responses_R)
+        return Rollout(tuple(wanted), *(part[at] for part in parts))
+
+    @property
+    def states_RT(self) -> torch.Tensor:
+        """Sequence position from which response token j is predicted, P + j - 1; clamped where there is none."""
+        steps = torch.arange(self.mask_RT.shape[1])
+        return (self.prompts_R[:, None] + steps - 1).clamp(max=self.tokens_RW.shape[1] - 2)
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What the update learns from: a rollout, and tensors [R, T] (scores [R]) aligned with its rows."""
+
+    rollout: Rollout
+    old_logp: torch.Tensor
+    ref_logp: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor
+    rewards: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+    def at(self, name: str, wanted: Sequence[int]) -> torch.Tensor:
+        index = [self.rollout.rows.index(row) for row in wanted]
+        return getattr(self, name)[index]  # type: ignore[no-any-return]
+
+
+# ---- forward passes -------------------------------------------------------------------------------------------
+
+
+def _step(batches: Any, module: torch.nn.Module, read: Callable) -> tuple[torch.Tensor, Callable]:
+    """megatron's forward_step_func: next micro-batch through the model, and how to read its output."""
+    batch: Rollout = next(batches)
+    tokens = batch.tokens_RW
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return module(tokens, positions, None), partial(read, batch)
+
+
+def _schedule(role: Role, batches: Sequence[Rollout], read: Callable, *, forward_only: bool) -> list[Any]:
+    schedule = get_forward_backward_func()
+    return schedule(  # type: ignore[no-any-return]
+        forward_step_func=partial(_step, read=read),
+        data_iterator=iter(batches),
+        model=role.module,
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens_RW.shape[1],
+        micro_batch_size=len(batches[0].rows),
+        forward_only=forward_only,
+    )
+
+
+def _evaluate(role: Role, batches: Sequence[Rollout], read: Callable[[Rollout, torch.Tensor], Any]) -> list[Any]:
+    """Forward-only over micro-batches, in eval mode and without autograd; what `read` returns for each."""
+
+    def reading(batch: Rollout, output: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        return output.new_zeros(()), read(batch, output)
+
+    role.module.eval()
+    with torch.no_grad():
+        return _schedule(role, batches, reading, forward_only=True)
+
+
+def token_logp(batch: Rollout, logits_RWV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities [R, T] of the response tokens from vocab-parallel logits, zero where masked."""
+    labels = batch.tokens_RW.roll(-1, dims=1)
+    scaled = (logits_RWV / temperature).transpose(0, 1).contiguous()
+    logp_RW = -vocab_parallel_cross_entropy(scaled, labels.t().contiguous()).t()
+    return torch.where(batch.mask_RT, logp_RW.gather(1, batch.states_RT), 0.0)
+
+
+def token_entropy(batch: Rollout, logits_RWV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Entropies [R, T] of the sampling distributions from vocab-parallel logits, zero where masked."""
+    scaled = logits_RWV / temperature
+    top = scaled.detach().amax(-1)
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
+    shifted = scaled - top[..., None]
+    weight = shifted.exp()
+    total = reduce_from_tensor_model_parallel_region(weight.sum(-1))
+    moment = reduce_from_tensor_model_parallel_region((weight * shifted).sum(-1))
+    entropy_RW = total.log() - moment / total
+    return torch.where(batch.mask_RT, entropy_RW.gather(1, batch.states_RT), 0.0)
+
+
+def token_values(batch: Rollout, output_RW1: torch.Tensor) -> torch.Tensor:
+    """The critic's values [R, T] of the states before the response tokens, zero where masked."""
+    return torch.where(batch.mask_RT, output_RW1.squeeze(-1).gather(1, batch.states_RT), 0.0)
+
+
+def last_score(batch: Rollout, output_RW1: torch.Tensor) -> torch.Tensor:
+    """The reward model's output [R] at the last token of each row."""
+    last = (batch.prompts_R + batch.responses_R - 1)[:, None]
+    return output_RW1.squeeze(-1).gather(1, last).squeeze(1)
+
+
+# ---- rollout --------------------------------------------------------------------------------------------------
+
+
+def _prompts(case: Any, rows: tuple[int, ...], iteration: int) -> Rollout:
+    batch, pad = case.batch, spec.pad_token(case.model, case.batch)
+    prompts = spec.prompt_tokens(case.model, batch, case.seed, iteration)
+    tokens = torch.full((len(rows), spec.padded_width(case.layout, batch)), pad)
+    for i, row in enumerate(rows):
+        tokens[i, : len(prompts[row])] = torch.tensor(prompts[row])
+    lengths = torch.tensor([len(prompts[row]) for row in rows])
+    mask = torch.zeros(len(rows), batch.response, dtype=torch.bool)
+    return Rollout(rows, tokens, mask, lengths, torch.zeros_like(lengths))
+
+
+def sample(logits_RV: torch.Tensor, uniforms: Sequence[float], temperature: float) -> torch.Tensor:
+    """Inverse CDF in float64: the first token whose cumulative probability exceeds the uniform."""
+    probabilities = torch.softmax(logits_RV.double() / temperature, dim=-1)
+    exceeds = probabilities.cumsum(-1) > torch.tensor(uniforms, dtype=torch.float64)[:, None]
+    last = logits_RV.shape[1] - 1 - (probabilities > 0).flip(1).int().argmax(1)
+    first = torch.where(exceeds.any(1), exceeds.int().argmax(1), last)
+    return torch.minimum(first, last)
+
+
+def _last_logits(batch: Rollout, logits_RWV: torch.Tensor) -> torch.Tensor:
+    last = (batch.prompts_R + batch.responses_R - 1)[:, None, None].expand(-1, 1, logits_RWV.shape[2])
+    return gather_from_tensor_model_parallel_region(logits_RWV.gather(1, last).squeeze(1).contiguous())
+
+
+def _put(case: Any, rollout: Rollout, drawn_R: torch.Tensor, position: int, iteration: int, forced: Mapping) -> None:
+    """Append one token to every row that goes on, in place; a row goes on until it samples the end or meets its limit."""
+    limits = spec.response_limits(case.batch, case.seed)
+    for i, row in enumerate(rollout.rows):
+        if not _goes_on(case, rollout, i, position, limits[row]):
+            continue
+        observed = spec.forced_token(case.model, case.batch, case.seed, iteration, row, position)
+        token = forced.get((row, position), int(drawn_R[i])) if observed is None else observed
+        rollout.tokens_RW[i, rollout.prompts_R[i] + position] = token
+        rollout.mask_RT[i, position] = observed is None
+        rollout.responses_R[i] = position + 1
+
+
+def _goes_on(case: Any, rollout: Rollout, i: int, position: int, limit: int) -> bool:
+    if rollout.responses_R[i] < position or position >= limit:
+        return False
+    last = rollout.tokens_RW[i, rollout.prompts_R[i] + position - 1]
+    ended = position > 0 and bool(rollout.mask_RT[i, position - 1]) and last == spec.end_token(case.model)
+    return not ended
+
+
+def roll_out(case: Any, actor: Role, iteration: int, forced: Mapping[tuple[int, int], int]) -> Rollout:
+    """Sample responses from the sharded actor. `forced` (row, position) -> token overrides single samples.
+
+    All ranks call the model equally often: experts serve the rows of other DP ranks, so a rank whose rows have
+    ended goes on until the longest row of all has.
+    """
+    parts = spec.partition(case.layout, case.batch, case.ppo)
+    rollout = _prompts(case, parts.rows_of(parallel_state.get_data_parallel_rank()), iteration)
+    for position in range(max(spec.response_limits(case.batch, case.seed))):
+        [logits_RV] = _evaluate(actor, [rollout], _last_logits)
+        uniforms = [spec.uniform("sample", case.seed, iteration, row, position) for row in rollout.rows]
+        _put(case, rollout, sample(logits_RV, uniforms, case.ppo.temperature), position, iteration, forced)
+    return rollout
+
+
+# ---- experience -----------------------------------------------------------------------------------------------
+
+
+def token_rewards(experience: Mapping[str, torch.Tensor], rollout: Rollout, kl_coef: float) -> torch.Tensor:
+    """In-reward KL penalty on the mask, plus the score at the last token of each row; [R, T]."""
+    rewards = -kl_coef * (experience["old_logp"] - experience["ref_logp"])
+    last = (rollout.responses_R - 1)[:, None]
+    return rewards.scatter_add(1, last, experience["scores"][:, None])
+
+
+def gae(
+    rewards_RT: torch.Tensor, values_RT: torch.Tensor, mask_RT: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages and returns over the masked-in positions; holes are skipped, not stepped through."""
+    advantages = torch.zeros_like(rewards_RT)
+    carried, following = torch.zeros_like(rewards_RT[:, 0]), torch.zeros_like(rewards_RT[:, 0])
+    for j in reversed(range(rewards_RT.shape[1])):
+        delta = rewards_RT[:, j] + gamma * following - values_RT[:, j]
+        carried = torch.where(mask_RT[:, j], delta + gamma * lam * carried, carried)
+        following = torch.where(mask_RT[:, j], values_RT[:, j], following)
+        advantages[:, j] = torch.where(mask_RT[:, j], carried, 0.0)
+    return advantages, torch.where(mask_RT, advantages + values_RT, 0.0)
+
+
+def _global_sum(tensor: torch.Tensor) -> torch.Tensor:
+    total = tensor.sum()
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return total
+
+
+def whiten(advantages_RT: torch.Tensor, mask_RT: torch.Tensor) -> torch.Tensor:
+    """Mean 0 and variance 1 over the masked-in tokens of the whole batch, on all DP ranks."""
+    count = _global_sum(mask_RT.to(advantages_RT.dtype))
+    mean = _global_sum(torch.where(mask_RT, advantages_RT, 0.0)) / count
+    centred = torch.where(mask_RT, advantages_RT - mean, 0.0)
+    variance = _global_sum(centred**2) / count
+    return centred / (variance + 1e-8).sqrt()
+
+
+def gather_experience(case: Any, roles: Roles, rollout: Rollout) -> Experience:
+    """Log-probs, values and scores of a rollout with today's weights, then rewards and advantages."""
+    parts = spec.partition(case.layout, case.batch, case.ppo)
+    dp_rank = parallel_state.get_data_parallel_rank()
+    batches = [rollout.take(rows) for rows in parts.micro_of(dp_rank)]
+    logp = partial(token_logp, temperature=case.ppo.temperature)
+    reads = {
+        "old_logp": ("actor", logp),
+        "ref_logp": ("reference", logp),
+        "values": ("critic", token_values),
+        "scores": ("reward", last_score),
+    }
+    found = {name: torch.cat(_evaluate(roles[role], batches, read)) for name, (role, read) in reads.items()}
+    found["rewards"] = token_rewards(found, rollout, case.ppo.kl_coef)
+    settings = (case.ppo.gamma, case.ppo.lam)
+    found["advantages"], found["returns"] = gae(found["rewards"], found["values"], rollout.mask_RT, *settings)
+    if case.ppo.whiten:
+        found["advantages"] = whiten(found["advantages"], rollout.mask_RT)
+    return Experience(rollout, **found)
+
+
+# ---- update ---------------------------------------------------------------------------------------------------
+
+
+def _reduced(sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().sum() for name, tensor in sums.items()}
+
+
+def _actor_loss(
+    case: Any, experience: Experience, scale: float, batch: Rollout, logits_RWV: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    ppo, mask = case.ppo, batch.mask_RT
+    advantages, old = experience.at("advantages", batch.rows), experience.at("old_logp", batch.rows)
+    entropy = token_entropy(batch, logits_RWV, ppo.temperature)
+    logp = token_logp(batch, logits_RWV, ppo.temperature)
+    ratio = torch.where(mask, logp - old, 0.0).exp()
+    clipped = ratio.clamp(1 - ppo.clip_eps, 1 + ppo.clip_eps)
+    policy = torch.where(mask, torch.maximum(-advantages * ratio, -advantages * clipped), 0.0)
+    loss = (policy - ppo.entropy_coef * entropy).sum() * scale
+    sums = {
+        "policy_loss": policy,
+        "entropy": entropy,
+        "approx_kl": torch.where(mask, old - logp, 0.0),
+        "clip_fraction": (mask & ((ratio - 1).abs() > ppo.clip_eps)).to(loss.dtype),
+    }
+    return loss, {"sums": _reduced(sums), "rows": batch.rows, "logp": logp.detach()}
+
+
+def _critic_loss(
+    case: Any, experience: Experience, scale: float, batch: Rollout, output_RW1: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    clip, mask = case.ppo.value_clip, batch.mask_RT
+    returns, old = experience.at("returns", batch.rows), experience.at("values", batch.rows)
+    values = token_values(batch, output_RW1)
+    clipped = old + (values - old).clamp(-clip, clip)
+    loss = torch.where(mask, 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), 0.0)
+    sums = {"value_loss": loss, "value_clip_fraction": (mask & ((values - old).abs() > clip)).to(loss.dtype)}
+    return loss.sum() * scale, {"sums": _reduced(sums)}
+
+
+LOSSES = {"actor": _actor_loss, "critic": _critic_loss}
+
+
+def _metrics(reports: Sequence[Mapping[str, Any]], tokens: torch.Tensor) -> dict[str, float]:
+    """Sums over this rank's micro-batches and over DP, per masked-in token of the mini-batch."""
+    names = list(reports[0]["sums"])
+    totals = torch.stack([sum(report["sums"][name] for report in reports) for name in names])  # type: ignore[misc]
+    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+    return dict(zip(names, (totals / tokens).tolist(), strict=True))
+
+
+def _train(case: Any, role: Role, experience: Experience, rows: Sequence[Sequence[int]], watch: Watch, step: int) -> dict:
+    """One optimizer step of one role on one mini-batch; its metrics. `watch` sees gradients, then what the step did."""
+    assert role.optimizer
+    batches = [experience.rollout.take(micro) for micro in rows]
+    tokens = _global_sum(torch.cat([batch.mask_RT for batch in batches]).to(experience.values.dtype))
+    # The schedule divides by the number of micro-batches and DDP averages over DP; the loss is per token of both.
+    scale = len(batches) * parallel_state.get_data_parallel_world_size() / float(tokens)
+    role.module.train()
+    role.module.zero_grad_buffer()
+    role.optimizer.zero_grad()
+    loss = partial(LOSSES[role.name], case, experience, scale)
+    reports = _schedule(role, batches, loss, forward_only=False)
+    watch("gradients", role, step, {})
+    _, norm, _ = role.optimizer.step()
+    metrics = _metrics(reports, tokens) | {f"{role.name}_norm": float(norm)}
+    watch("stepped", role, step, metrics | {"reports": reports})  # type: ignore[dict-item]
+    return metrics
+
+
+def update(case: Any, roles: Roles, experience: Experience, watch: Watch) -> list[dict[str, float]]:
+    """All epochs over all mini-batches, one optimizer step of actor and critic each; metrics of every step."""
+    parts = spec.partition(case.layout, case.batch, case.ppo)
+    dp_rank = parallel_state.get_data_parallel_rank()
+    history = []
+    for step in range(case.ppo.epochs * case.ppo.mini_batches):
+        rows = parts.micro[step % case.ppo.mini_batches][dp_rank]
+        metrics: dict[str, float] = {}
+        for name in ("actor", "critic"):
+            metrics |= _train(case, roles[name], experience, rows, watch, step)
+        history.append(metrics)
+    return history
