@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from toy_models import families, weights
 from toy_models.precision import keep_float64
@@ -99,3 +100,20 @@ def test_keep_float64_is_undone_on_exit_and_on_an_error() -> None:
         F.softmax,
         F.log_softmax,
     ]
+
+
+def _plain_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return weight * (x / ((x * x).mean(-1, keepdim=True) + families.rms_norm_eps("mixtral")) ** 0.5)
+
+
+def test_gradients_through_a_norm_and_a_softmax_keep_fourteen_digits() -> None:
+    norm = MixtralRMSNorm(6, eps=families.rms_norm_eps("mixtral")).double()
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    with keep_float64():
+        kept = torch.softmax(norm(x), dim=-1, dtype=torch.float32)
+    upcast = torch.softmax(norm(x), dim=-1, dtype=torch.float32)
+    plain = torch.exp(_plain_norm(x, norm.weight))
+    plain = plain / plain.sum(-1, keepdim=True)
+    grads = [torch.autograd.grad((y.double()[:, 0] ** 3).sum(), x)[0] for y in (plain, kept, upcast)]
+    assert (grads[1] - grads[0]).abs().max() < 1e-14
+    assert (grads[2] - grads[0]).abs().max() > 1e-10

@@ -1,12 +1,12 @@
 """MoEModel -> transformers: the config of a real family made tiny, and weights under transformers' names.
 
 The `*_minimal.json` files hold what a family fixes (rope, norm epsilon, activation, biases); a MoEModel has
-the sizes. `constants` gives the same numbers to whoever builds the model on another library. Downloads nothing.
-Knows no megatron, no PPO, no layout.
+the sizes. `constants` gives the same numbers to whoever builds the model on another library. Downloads
+nothing. Knows no megatron, no PPO, no layout.
 
 Canonical names (`toy_models.weights`) have one tensor per expert; transformers 5 keeps the experts of a layer
-fused: `mlp.experts.gate_up_proj` [E, 2F, H], gate first, and `mlp.experts.down_proj` [E, H, F]. All other names
-agree.
+fused: `mlp.experts.gate_up_proj` [E, 2F, H], gate first, and `mlp.experts.down_proj` [E, H, F]. All other
+names agree.
 """
 
 import json
@@ -103,7 +103,7 @@ def _split_experts(model: MoEModel, name: str, tensor: torch.Tensor) -> Tensors:
 
 
 def from_hf(model: MoEModel, named: Mapping[str, torch.Tensor]) -> Tensors:
-    """The inverse of `to_hf`, for weights, gradients and moments; expert tensors are copies, the rest shared."""
+    """The inverse of `to_hf`, for weights, gradients and moments; expert tensors are copies."""
     canonical: Tensors = {}
     for name, tensor in named.items():
         fused = name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"))

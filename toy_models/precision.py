@@ -1,12 +1,12 @@
 """Float64 that stays float64: while active, conversions "to float32" leave float64 tensors alone.
 
 transformers and megatron-core upcast norms, router, softmax and cross-entropy "to float32", which costs half
-the digits of a float64 model. Only operations on float64 tensors are touched, and only those that name float32;
-all others cost one Python call more. Knows neither library.
+the digits of a float64 model. Only operations on float64 tensors are touched, and only those that name
+float32; all others cost one Python call more. Knows neither library.
 
 As `.float()` on a float32 tensor does, a conversion left out returns the tensor itself, not a copy. Not
-covered: tensors made in float32 from Python numbers (`torch.tensor(x, dtype=torch.float32)`) and functions that
-somebody imported by value before.
+covered: tensors made in float32 from Python numbers (`torch.tensor(x, dtype=torch.float32)`) and functions
+that somebody imported by value before.
 """
 
 import functools
@@ -58,7 +58,7 @@ def _kept_float(float_: Callable) -> Callable:
 
 def _patch() -> list[tuple[Any, str, Any]]:
     """Replace the functions; what each owner had under that name itself, to be put back."""
-    replaced = [(torch.Tensor, "float", _kept_float(torch.Tensor.float))]
+    replaced: list[tuple[Any, str, Callable]] = [(torch.Tensor, "float", _kept_float(torch.Tensor.float))]
     replaced += [(owner, name, _kept(getattr(owner, name))) for owner, name in _CONVERTING]
     before = [(owner, name, vars(owner).get(name, _MISSING)) for owner, name, _ in replaced]
     for owner, name, function in replaced:

@@ -1,0 +1,125 @@
+"""The reference's losses and optimizers, written from `docs/ppo.md`: plain formulas on float64 tensors.
+
+Knows no model, no layout, no megatron, and uses no torch.optim. Shapes: R rows, J response positions,
+N tokens of one micro-batch, E experts.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from toy_models.families import Tensors
+from toy_models.reference_model import Pass, Routing
+from toy_models.spec import PPO, MoEModel
+
+
+@dataclass
+class Trained:
+    """One model in training: weights under transformers' names, optimizer state by kind, steps taken."""
+
+    weights: Tensors
+    lr: float
+    steps: int = 0
+    moments: dict[str, Tensors] = field(default_factory=dict)
+
+
+def clipped_policy_loss(ppo: PPO, ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """Elementwise max of the plain and the clipped surrogate, to be minimised."""
+    clipped = ratio.clamp(1 - ppo.clip_eps, 1 + ppo.clip_eps)
+    return torch.maximum(-advantages * ratio, -advantages * clipped)
+
+
+def clipped_value_loss(
+    ppo: PPO, v: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor
+) -> torch.Tensor:
+    """Elementwise half of the greater squared error, of the value and of the value kept near the old one."""
+    near = old_values + (v - old_values).clamp(-ppo.value_clip, ppo.value_clip)
+    return 0.5 * torch.maximum((v - returns) ** 2, (near - returns) ** 2)
+
+
+def value_branch_gap(ppo: PPO, v: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor) -> float:
+    """How far the max of the value loss is from changing sides; inf where nothing is clipped."""
+    near = old_values + (v - old_values).clamp(-ppo.value_clip, ppo.value_clip)
+    gaps = ((v - returns).abs() - (near - returns).abs()).abs()
+    return smallest(gaps[(v - old_values).abs() > ppo.value_clip])
+
+
+def smallest(numbers: torch.Tensor) -> float:
+    return numbers.min().item() if numbers.numel() else float("inf")
+
+
+def _aux_loss(model: MoEModel, routing: Routing) -> torch.Tensor:
+    """Load balancing over the tokens of one micro-batch and one layer."""
+    shares_NE = routing.logits.softmax(dim=-1)
+    num_tokens = shares_NE.shape[0]
+    total = shares_NE.new_zeros(())
+    for expert in range(model.experts):
+        count = int((routing.experts == expert).sum())
+        total = total + shares_NE[:, expert].sum() * count
+    return total * model.experts / (model.top_k * num_tokens**2)
+
+
+def _z_loss(routing: Routing) -> torch.Tensor:
+    return (routing.logits.logsumexp(dim=-1) ** 2).mean()
+
+
+def balance_loss(model: MoEModel, micro_batches: Sequence[Pass]) -> torch.Tensor:
+    """Mean over the micro-batches of the sum over the layers of both balance losses, with their factors."""
+    total = micro_batches[0].output.new_zeros(())
+    for one in micro_batches if model.aux_loss or model.z_loss else ():
+        for layer in one.routing:
+            total = total + model.aux_loss * _aux_loss(model, layer) + model.z_loss * _z_loss(layer)
+    return total / len(micro_batches)
+
+
+def gradients(loss: torch.Tensor, leaves: Tensors) -> Tensors:
+    """d loss / d leaf by name; zero for a leaf that the loss does not depend on."""
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    pairs = zip(leaves.items(), found, strict=True)
+    return {name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in pairs}
+
+
+def norm(tensors: Iterable[torch.Tensor]) -> float:
+    """L2 norm over all of them together."""
+    return sum((x**2).sum() for x in tensors).sqrt().item()  # type: ignore[union-attr]
+
+
+def clip_coefficient(max_norm: float, total: float) -> float:
+    return min(1.0, max_norm / (total + 1e-6)) if max_norm > 0 else 1.0
+
+
+def step(ppo: PPO, model: Trained, grads: Tensors) -> None:
+    """One optimizer step on gradients that are already clipped; every tensor is replaced, none changed."""
+    model.steps += 1
+    formula = _adam if ppo.optimizer == "adam" else _sgd
+    model.weights = {name: formula(ppo, model, name, grad) for name, grad in grads.items()}
+
+
+def _decay(ppo: PPO, name: str, weight: torch.Tensor) -> float:
+    return 0.0 if weight.dim() == 1 or name.endswith(".bias") else ppo.weight_decay
+
+
+def _running(model: Trained, kind: str, name: str, new: torch.Tensor) -> torch.Tensor:
+    model.moments.setdefault(kind, {})[name] = new
+    return new
+
+
+def _adam(ppo: PPO, model: Trained, name: str, g: torch.Tensor) -> torch.Tensor:
+    w, t, zero = model.weights[name], model.steps, torch.zeros_like(g)
+    before = {kind: model.moments.get(kind, {}).get(name, zero) for kind in ("exp_avg", "exp_avg_sq")}
+    m = _running(model, "exp_avg", name, ppo.beta1 * before["exp_avg"] + (1 - ppo.beta1) * g)
+    v = _running(model, "exp_avg_sq", name, ppo.beta2 * before["exp_avg_sq"] + (1 - ppo.beta2) * g**2)
+    w = w * (1 - model.lr * _decay(ppo, name, w))
+    m_hat, v_hat = m / (1 - ppo.beta1**t), v / (1 - ppo.beta2**t)
+    return w - model.lr * m_hat / (v_hat.sqrt() + ppo.eps)
+
+
+def _sgd(ppo: PPO, model: Trained, name: str, g: torch.Tensor) -> torch.Tensor:
+    w = model.weights[name]
+    b = g + _decay(ppo, name, w) * w
+    if ppo.momentum > 0:
+        if model.steps > 1:
+            b = ppo.momentum * model.moments["momentum_buffer"][name] + b
+        _running(model, "momentum_buffer", name, b)
+    return w - model.lr * b
