@@ -1,0 +1,196 @@
+"""What runs inside one rank process: it starts, waits for a call, answers, and leaves what survives its death.
+
+Knows its own seat and its files. Knows nothing of the other ranks, of deadlines, of what a case is or of
+megatron-core: what it calls and what must be importable it knows by name only. Counterpart of `fuzz.ranks`.
+"""
+
+import contextlib
+import faulthandler
+import gc
+import importlib
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MOST_BYTES = 64 * 2**20  # of observations, per case, over all ranks
+STAGE, TEXT = 200, 6000  # bytes of a stage's name, characters of a traceback or of a log's tail
+
+Word = tuple[str, Any]  # the kind of a message, and what comes with it
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What one rank is told when it is made."""
+
+    rank: int
+    world: int
+    folder: Path
+    start: str | None
+    plants: tuple[str, ...]
+    preload: tuple[str, ...]
+
+    def file(self, kind: str) -> Path:
+        """This rank's file: pid, log, stack, stage or reply."""
+        return self.folder / f"{kind}-{self.rank}"
+
+
+def serve(seat: Seat, pipe: Connection) -> None:
+    """Answer calls until the parent has gone or has closed the pool."""
+    _settle(seat)
+    progress = _publisher(seat)
+    pipe.send(_started(seat))
+    with contextlib.suppress(EOFError, OSError):  # the parent has gone, or has closed the pool
+        while pipe.recv_bytes():
+            os.ftruncate(1, 0)
+            pipe.send(_answer(seat, progress))
+
+
+def _settle(seat: Seat) -> None:
+    # A process group of its own: Ctrl-C is for the parent alone, and helpers that a case forks die with their rank.
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    seat.file("pid").write_text(str(os.getpid()))
+    log = os.open(seat.file("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    faulthandler.enable(file=2)
+    faulthandler.register(signal.SIGUSR1, file=os.open(seat.file("stack"), os.O_WRONLY | os.O_CREAT))
+    # Daemons may have no children, and saving a checkpoint forks a writer. Daemon or not matters to the parent only.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    torch.set_num_threads(1)
+    gc.freeze()  # what was imported before the fork stays in pages shared with the fork server
+
+
+def _publisher(seat: Seat) -> Callable[[str], None]:
+    """A function that writes the stage where it survives the death of the rank."""
+    file = os.open(seat.file("stage"), os.O_WRONLY | os.O_CREAT)
+
+    def progress(stage: str) -> None:
+        os.pwrite(file, stage.encode()[:STAGE].ljust(STAGE, b"\0"), 0)
+
+    progress("start")
+    return progress
+
+
+def _started(seat: Seat) -> Word:
+    doing = ""
+    try:
+        for name in seat.preload:  # the fork server passes over modules that it cannot import, without a word
+            doing = f"import {name}"
+            importlib.import_module(name)
+        doing = f"call {seat.start}"
+        if seat.start:
+            _named(seat.start)(seat.rank, seat.world, str(seat.folder / "store"), seat.plants)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+        return _fault(doing, error)
+    return "ready", None
+
+
+def _answer(seat: Seat, progress: Callable[[str], None]) -> Word:
+    doing = "read the call"
+    try:
+        function, args = pickle.loads((seat.folder / "call").read_bytes())
+        doing = f"import {function}"
+        called = _named(function)
+        outcome, seen = _outcome(called, progress, args)
+        doing = f"pack what {function} returned"
+        return outcome, _packed(seat, seen)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+        return _fault(doing, error)
+
+
+def _named(function: str) -> Callable:
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _outcome(called: Callable, progress: Callable[[str], None], args: tuple) -> tuple[str, dict[str, Any]]:
+    try:
+        return "done", called(progress, *args)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+        return "raised", {"facts": _cause(error), "error": _traced(error)}
+
+
+def _fault(doing: str, error: BaseException) -> Word:
+    return "fault", f"could not {doing}: {type(error).__name__}: {_message(error)}\n{_traced(error)}"
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)[:TEXT]
+    except Exception as unprintable:  # noqa: BLE001 - whatever it is, the parent must hear of it
+        return f"<its __str__ raised {type(unprintable).__name__}>"
+
+
+def _traced(error: BaseException) -> str:
+    return "".join(traceback.format_exception(type(error), error, error.__traceback__, limit=-12))[-TEXT:]
+
+
+def _cause(error: BaseException) -> dict[str, Any]:
+    """Exception type and message, the place of the raise, and the deepest place in megatron-core ('' if none)."""
+    places = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    inside = [place[place.rindex("megatron/core/") :] for place in places if "megatron/core/" in place]
+    return {
+        "exception": type(error).__name__,
+        "message": _message(error),
+        "raised_at": places[-1],
+        "megatron": inside[-1] if inside else "",
+    }
+
+
+def _packed(seat: Seat, seen: dict[str, Any]) -> dict[str, Any]:
+    """Write head and tensors into the reply file, one contiguous blob; the sizes go through the pipe."""
+    unknown = set(seen) - {"tensors", "numbers", "facts", "seconds", "error"}
+    assert not unknown, f"a rank returned {sorted(unknown)}; known are tensors, numbers, facts and seconds"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in seen.get("tensors", {}).items()}
+    *offsets, end = accumulate((_aligned(tensor.nbytes) for tensor in tensors.values()), initial=0)
+    index = [
+        (n, str(t.dtype)[6:], tuple(t.shape), at) for (n, t), at in zip(tensors.items(), offsets, strict=True)
+    ]
+    head = pickle.dumps({**seen, "tensors": index})
+    size = _aligned(len(head)) + end
+    if size <= MOST_BYTES:
+        _write(seat.file("reply"), head, offsets, list(tensors.values()), size)
+    largest = max(tensors, key=lambda name: tensors[name].nbytes, default="")
+    return {"size": size, "head": len(head), "largest": largest}
+
+
+def _write(path: Path, head: bytes, offsets: list[int], tensors: list[torch.Tensor], size: int) -> None:
+    with path.open("wb") as file:
+        file.write(head)
+        for offset, tensor in zip(offsets, tensors, strict=True):
+            file.seek(_aligned(len(head)) + offset)
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+        file.truncate(size)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+def unpacked(path: Path, sizes: dict[str, Any]) -> dict[str, Any]:
+    """What `_packed` was given, in the parent; the tensors are views of one buffer of their own."""
+    blob = bytearray(sizes["size"])
+    with path.open("rb") as file:
+        file.readinto(blob)
+    seen = pickle.loads(memoryview(blob)[: sizes["head"]])
+    first = _aligned(sizes["head"])
+    seen["tensors"] = {n: _tensor(blob, dtype, shape, first + at) for n, dtype, shape, at in seen["tensors"]}
+    return seen
+
+
+def _tensor(blob: bytearray, dtype: str, shape: tuple[int, ...], offset: int) -> torch.Tensor:
+    kind, count = getattr(torch, dtype), math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=kind)
+    return torch.frombuffer(blob, dtype=kind, count=count, offset=offset).reshape(shape)
