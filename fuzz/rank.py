@@ -170,7 +170,7 @@ def _write(path: Path, head: bytes, offsets: list[int], tensors: list[torch.Tens
         file.write(head)
         for offset, tensor in zip(offsets, tensors, strict=True):
             file.seek(_aligned(len(head)) + offset)
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
         file.truncate(size)
 
 

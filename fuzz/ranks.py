@@ -121,7 +121,9 @@ class _Pool:
 
     def news(self, ranks: Iterable[int], seconds: float) -> list[int]:
         """Those of `ranks` that have said something or died, at the latest after `seconds`."""
-        sources = {source: r for r in ranks for source in (self.pipes[r], self.processes[r].sentinel)}
+        sources: dict[Any, int] = {
+            source: r for r in ranks for source in (self.pipes[r], self.processes[r].sentinel)
+        }
         return sorted({sources[source] for source in wait(list(sources), max(0.0, seconds))})
 
     def word(self, rank: int) -> Word:
@@ -242,8 +244,9 @@ def _stacks(pool: _Pool, ranks: list[int]) -> dict[int, str]:
     """The Python stacks of hung ranks, most recent call first; '' where a rank cannot even write that."""
     for rank in ranks:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pool.processes[rank].pid, signal.SIGUSR1)
-    before, now, until = [], [""] * len(ranks), time.monotonic() + STACKS
+            os.kill(pool.processes[rank].pid, signal.SIGUSR1)  # type: ignore[arg-type]
+    before: list[str] = []
+    now, until = [""] * len(ranks), time.monotonic() + STACKS
     while (now != before or not all(now)) and time.monotonic() < until:
         time.sleep(0.02)
         before, now = now, [pool.text("stack", rank) for rank in ranks]

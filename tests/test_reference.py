@@ -60,7 +60,7 @@ def their_model(model: MoEModel, state: dict[str, torch.Tensor]) -> torch.nn.Mod
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_are_those_of_transformers(family: str) -> None:
     model = MODELS[family]
-    state = reference_model.initial(model, "actor", seed=1)
+    state = reference_model.initial(model, "actor", 1, "float64")
     theirs = their_model(model, state)
     leaves = {name: w.clone().requires_grad_() for name, w in state.items()}
     tokens = torch.randint(model.vocab, (3, 7), generator=torch.Generator().manual_seed(0))

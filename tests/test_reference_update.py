@@ -229,7 +229,7 @@ def test_clipping_divides_by_the_norm_over_all_gradients() -> None:
 
 def test_tied_embeddings_get_the_gradient_of_both_uses() -> None:
     case = make(model=MODELS["mixtral"], program=(Rollout(),))
-    state = reference_model.initial(case.model, "actor", seed=0)
+    state = reference_model.initial(case.model, "actor", 0, "float64")
     assert "lm_head.weight" not in state
     tokens = torch.tensor([[1, 2, 3]])
     apart = state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}

@@ -80,7 +80,7 @@ def _options(model: MoEModel) -> dict[str, Any]:
     }
 
 
-# No dropout, no fusion (they need CUDA), no drawn weights (they are always loaded).
+# No dropout, no fusion (they need CUDA).
 FIXED: dict[str, Any] = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
@@ -88,7 +88,6 @@ FIXED: dict[str, Any] = {
     "add_bias_linear": False,
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
-    "perform_initialization": False,
     "use_cpu_initialization": False,
     "bias_activation_fusion": False,
     "bias_dropout_fusion": False,
@@ -109,6 +108,7 @@ def transformer_config(model: MoEModel, layout: Layout, switches: Switches, prec
         expert_tensor_parallel_size=layout.etp,
         sequence_parallel=layout.tp > 1,
         moe_token_dispatcher_type=switches.dispatcher,
+        perform_initialization=switches.perform_initialization,
         params_dtype=DTYPES[precision],
         pipeline_dtype=DTYPES[precision],
     )

@@ -237,10 +237,7 @@ def whiten(advantages_RT: torch.Tensor, mask_RT: torch.Tensor) -> torch.Tensor:
 
 
 def gather_experience(case: Any, roles: Roles, rollout: Rollout) -> Experience:
-    """Log-probs, values and scores of a rollout with today's weights, then rewards and advantages."""
-    parts = spec.partition(case.layout, case.batch, case.ppo)
-    dp_rank = parallel_state.get_data_parallel_rank()
-    batches = [rollout.take(rows) for rows in parts.micro_of(dp_rank)]
+    """Log-probs, values and scores of a rollout with today's weights, all rows at once; then rewards and advantages."""
     logp = partial(token_logp, temperature=case.ppo.temperature)
     reads = {
         "old_logp": ("actor", logp),
@@ -248,7 +245,7 @@ def gather_experience(case: Any, roles: Roles, rollout: Rollout) -> Experience:
         "values": ("critic", token_values),
         "scores": ("reward", last_score),
     }
-    found = {name: torch.cat(_evaluate(roles[role], batches, read)) for name, (role, read) in reads.items()}
+    found = {name: _evaluate(roles[role], [rollout], read)[0] for name, (role, read) in reads.items()}
     found["rewards"] = token_rewards(found, rollout, case.ppo.kl_coef)
     settings = (case.ppo.gamma, case.ppo.lam)
     found["advantages"], found["returns"] = gae(found["rewards"], found["values"], rollout.mask_RT, *settings)

@@ -74,7 +74,7 @@ def run(
 
 
 def _start(case: Any, nudge: float) -> Run:
-    state = {role: initial(case.model, role, case.seed, nudge) for role in ROLES}
+    state = {role: initial(case.model, role, case.seed, case.precision, nudge) for role in ROLES}
     rates = {"actor": case.ppo.lr, "critic": case.ppo.critic_lr}
     trained = {role: Trained(state.pop(role), rate) for role, rate in rates.items()}
     return Run(case, state, trained, {}, {}, {})

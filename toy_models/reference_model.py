@@ -73,9 +73,11 @@ def _nudged(tensor: torch.Tensor, nudge: float, *key: int | str) -> torch.Tensor
     return tensor * (1 + nudge * signs)
 
 
-def initial(model: MoEModel, role: str, seed: int, nudge: float = 0.0) -> Tensors:
-    """The weights of a role before training, each multiplied by 1 + nudge or 1 - nudge with a keyed sign."""
+def initial(model: MoEModel, role: str, seed: int, precision: str, nudge: float = 0.0) -> Tensors:
+    """The weights of a role before training, rounded as the system's are; each times 1 + nudge or 1 - nudge, signs keyed."""
     canonical = weights.canonical(model, role, seed)
+    if precision == "float32":
+        canonical = {name: w.float().double() for name, w in canonical.items()}
     if nudge:
         canonical = {name: _nudged(w, nudge, seed, role, name) for name, w in canonical.items()}
     return families.to_hf(model, canonical)

@@ -217,12 +217,14 @@ class PPO:
 
 @dataclass(frozen=True, kw_only=True)
 class Switches:
-    """Options of megatron-core that must not matter, or only to rounding."""
+    """Options of megatron-core that must not matter, or only to rounding: weights are always loaded, initialised or not."""
 
     dispatcher: str = "alltoall"
+    perform_initialization: bool = True
 
     def __post_init__(self) -> None:
         _check_choice(self, dispatcher=DISPATCHERS)
+        _check_flags(self, "perform_initialization")
 
 
 def check_together(layout: Layout, model: MoEModel, batch: Batch, ppo: PPO) -> None:
@@ -255,10 +257,6 @@ class Partition:
     def rows_of(self, dp_rank: int) -> tuple[int, ...]:
         """All rows of one DP rank, in the order in which it trains them."""
         return tuple(row for mini in self.micro for micro in mini[dp_rank] for row in micro)
-
-    def micro_of(self, dp_rank: int) -> tuple[tuple[int, ...], ...]:
-        """All micro-batches of one DP rank, over all mini-batches, in order."""
-        return tuple(micro for mini in self.micro for micro in mini[dp_rank])
 
 
 @cache

@@ -5,7 +5,8 @@ layout's coordinates are plain numbers. `place` says which slice of a canonical 
 """
 
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, lru_cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -78,9 +79,11 @@ def _draw(model: MoEModel, role: str, seed: int, name: str, shape: Shape) -> tor
     return noise * shape[-1] ** -0.5
 
 
-def canonical(model: MoEModel, role: str, seed: int) -> dict[str, torch.Tensor]:
-    """The weights of a role's model, float64, from `seed` alone; each tensor has its own random stream."""
-    return {name: _draw(model, role, seed, name, shape) for name, shape in shapes(model, role).items()}
+@lru_cache(maxsize=16)
+def canonical(model: MoEModel, role: str, seed: int) -> Mapping[str, torch.Tensor]:
+    """The weights of a role's model, float64, from `seed` alone; each tensor has its own random stream. Read only."""
+    drawn = {name: _draw(model, role, seed, name, shape) for name, shape in shapes(model, role).items()}
+    return MappingProxyType(drawn)
 
 
 class Coordinates(NamedTuple):

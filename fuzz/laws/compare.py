@@ -1,0 +1,216 @@
+"""What laws share: which part of a reference tensor a rank must hold, when two numbers differ, what can be judged.
+
+Pure functions over a case and observations. Knows the shard map and the partition; no processes, no megatron.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from fuzz.case import Case, Observation
+from toy_models import weights
+from toy_models.spec import partition, prompt_lengths
+
+TRAINED = ("actor", "critic")
+STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+
+# Bounds on max|a-b| / max(max|b|, s), s = 1e-3 of the median of max|b| over the tensors of the kind.
+# float64: parity at one rank is 7e-16 for logits and 1.5e-15 for gradients, at TP2 EP2 ETP2 4e-15; the rest is room for
+# conditioning. float32 as shipped: see docs/tolerances.md for the noise that was measured.
+# 'clipped' holds for what follows a clipped step: megatron accumulates the norm in float32, 6e-8 off.
+BOUNDS = {
+    "float64": {"forward": 1e-12, "gradient": 1e-11, "clipped": 1e-6, "norm": 1e-6, "step": 1e-11},
+    "float32": {"forward": 2e-5, "gradient": 2e-4, "clipped": 2e-4, "norm": 2e-4, "step": 2e-5},
+}
+# A discrete choice (expert, token, clip branch) nearer than this to its edge may fall either way.
+EDGES = {"float64": {"before": 1e-9, "after": 1e-6}, "float32": {"before": 1e-5, "after": 1e-5}}
+ILL = 8.0  # times the movement of the reference under a nudge of one unit in the last place
+
+
+class Finding(NamedTuple):
+    """What a law found wrong: where, what was expected, what was seen, in one sentence."""
+
+    witness: str
+    expected: str
+    observed: str
+    sentence: str
+
+
+class Step(NamedTuple):
+    """One optimizer step: of which iteration, which within it, and which mini-batch it trains."""
+
+    iteration: int
+    step: int
+    mini_batch: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.iteration}/{self.step}"
+
+
+def updated(case: Case) -> list[int]:
+    """Iterations (rollouts counted from 0) that an Update follows."""
+    names = [type(operation).__name__ for operation in case.program]
+    return [names[:i].count("Rollout") - 1 for i, name in enumerate(names) if name == "Update"]
+
+
+def iterations(case: Case) -> range:
+    return range(sum(type(operation).__name__ == "Rollout" for operation in case.program))
+
+
+def steps(case: Case) -> list[Step]:
+    """All optimizer steps of the program, in order."""
+    per_update = range(case.ppo.epochs * case.ppo.mini_batches)
+    return [Step(i, s, s % case.ppo.mini_batches) for i in updated(case) for s in per_update]
+
+
+def certain_iterations(case: Case, reference: Observation) -> Iterator[int]:
+    """Iterations whose routing and all earlier choices lie clear of their edges; the first doubtful one ends them."""
+    for i in iterations(case):
+        if any(_doubtful(case, reference, step) for step in steps(case) if step.iteration < i):
+            return
+        if reference.numbers[f"{i}/margin/routing"] < _edge(case, i > 0):
+            return
+        yield i
+
+
+def certain_steps(case: Case, reference: Observation) -> Iterator[Step]:
+    """Steps before and at which every discrete choice lies clear of its edge."""
+    sure = set(certain_iterations(case, reference))
+    for step in steps(case):
+        if step.iteration not in sure or _doubtful(case, reference, step):
+            return
+        yield step
+
+
+def _edge(case: Case, after: bool) -> float:
+    return EDGES[case.precision]["after" if after else "before"]
+
+
+def _doubtful(case: Case, reference: Observation, step: Step) -> bool:
+    return reference.numbers[f"{step.key}/margin"] < _edge(case, step.iteration + step.step > 0)
+
+
+def doubts(case: Case, reference: Observation) -> list[str]:
+    """Why some of the case cannot be judged, if so: the first discrete choice that lies too near its edge."""
+    found = []
+    if len(list(certain_iterations(case, reference))) < len(iterations(case)):
+        found.append("routing of a forward pass lies within the noise of a tie")
+    elif len(list(certain_steps(case, reference))) < len(steps(case)):
+        found.append("routing or clipping in an update lies within the noise of its edge")
+    if forced_tokens(case, reference):
+        found.append("a sampled token lies within the noise of the next one")
+    return found
+
+
+def forced_tokens(case: Case, reference: Observation) -> dict[int, dict[tuple[int, int], int]]:
+    """Per iteration, (row, position) -> the reference's token, for rows whose uniform falls within the noise of a CDF step.
+
+    From the first such position on the row is teacher-forced.
+    """
+    return {i: found for i in iterations(case) if (found := _forced(case, reference, i))}
+
+
+def _forced(case: Case, reference: Observation, iteration: int) -> dict[tuple[int, int], int]:
+    margins, mask = reference.tensors[f"{iteration}/margin/rollout"], reference.tensors[f"{iteration}/mask"].bool()
+    near = (margins < _edge(case, iteration > 0)) & mask
+    if not near.any():
+        return {}
+    tokens = response_tokens(case, reference.tensors[f"{iteration}/tokens"])
+    from_here = near.cumsum(1) > 0
+    return {(int(r), int(j)): int(tokens[r, j]) for r, j in from_here.nonzero()}
+
+
+def response_tokens(case: Case, tokens: torch.Tensor) -> torch.Tensor:
+    """Response part [rows, response] of full sequences of all rows, the padding where a row is shorter."""
+    starts = torch.tensor(prompt_lengths(case.batch, case.seed))[:, None]
+    at = (starts + torch.arange(case.batch.response)).clamp(max=tokens.shape[1] - 1)
+    return tokens.gather(1, at)
+
+
+def rows_of(case: Case, rank: int) -> list[int]:
+    """The batch rows that a rank holds, in its order."""
+    dp = weights.coordinates(case.layout, rank).dp
+    return list(partition(case.layout, case.batch, case.ppo).rows_of(dp))
+
+
+def rows_in(case: Case, rank: int, step: Step) -> list[int]:
+    """The batch rows that a rank trains in one step, in its order."""
+    dp = weights.coordinates(case.layout, rank).dp
+    micro = partition(case.layout, case.batch, case.ppo).micro[step.mini_batch][dp]
+    return [row for rows in micro for row in rows]
+
+
+def bound_of(reference: Observation, key: str, base: float, scale: float) -> float:
+    """The bound on a tensor: the base, or what the reference itself moves by under a nudge, times ILL."""
+    return max(base, ILL * reference.numbers.get(f"moved/{key}", 0.0) / max(scale, 1e-300))
+
+
+def differs(mine: torch.Tensor, truth: torch.Tensor, scale: float, bound: float) -> tuple[float, tuple[int, ...]] | None:
+    """The greatest relative difference and where, if above the bound; NaN and infinity differ from everything."""
+    gap = (mine.to(torch.float64) - truth.to(torch.float64)).abs() / max(scale, 1e-300)
+    gap = gap.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    if gap.numel() == 0 or float(gap.max()) <= bound:
+        return None
+    worst = int(gap.argmax())
+    return float(gap.flatten()[worst]), tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), gap.shape))
+
+
+def compare(name: str, rank: int, mine: torch.Tensor, truth: torch.Tensor, scale: float, bound: float) -> Finding | None:
+    """One tensor of one rank against what it must be."""
+    if mine.shape != truth.shape:
+        shapes = f"{list(truth.shape)}", f"{list(mine.shape)}"
+        return Finding(f"rank {rank}, {name}", *shapes, f"{name} has another shape on rank {rank}")
+    worst = differs(mine, truth, scale, bound)
+    if worst is None:
+        return None
+    gap, where = worst
+    numbers = f"{float(truth[where]):.15g}", f"{float(mine[where]):.15g}"
+    witness = f"rank {rank}, {name}, element {list(where)}"
+    return Finding(witness, *numbers, f"{name} differs by {gap:.2e} of its scale {scale:.3g}; the bound is {bound:.1e}")
+
+
+def scales(reference: Observation, prefix: str, names: Sequence[str]) -> dict[str, float]:
+    """Per tensor max(max|b|, s): what a difference is measured against."""
+    greatest = {name: float(reference.tensors[f"{prefix}/{name}"].abs().max()) for name in names}
+    floor = 1e-3 * float(torch.tensor(sorted(greatest.values())).median())
+    return {name: max(value, floor) for name, value in greatest.items()}
+
+
+def compare_pieces(
+    case: Case, ranks: Sequence[Observation], reference: Observation, role: str, prefix: str, base: float
+) -> Finding | None:
+    """Every piece of every rank under `prefix` (`0/1/actor/grad`) against its slice of the reference; the first that differs."""
+    measure = scales(reference, prefix, list(weights.shapes(case.model, role)))
+    for rank in ranks:
+        held = weights.held(case.model, case.layout, role, rank.rank)
+        if not _far(rank, reference, prefix, held, measure, base):
+            continue
+        for name, where in held.items():
+            key = f"{prefix}/{name}"
+            mine, truth = rank.tensors.get(key), reference.tensors[key][where]
+            if mine is None:
+                return Finding(f"rank {rank.rank}, {key}", f"{list(truth.shape)}", "nothing", f"{key} is missing")
+            found = compare(key, rank.rank, mine, truth, measure[name], bound_of(reference, key, base, measure[name]))
+            if found:
+                return found
+    return None
+
+
+def _far(
+    rank: Observation,
+    reference: Observation,
+    prefix: str,
+    held: Mapping[str, weights.Slices],
+    measure: Mapping[str, float],
+    base: float,
+) -> bool:
+    """Whether any piece may lie outside the base bound: one pass over all of them, so that agreement is cheap."""
+    pieces = [(rank.tensors.get(f"{prefix}/{n}"), reference.tensors[f"{prefix}/{n}"][s]) for n, s in held.items()]
+    if any(mine is None or mine.shape != truth.shape for mine, truth in pieces):
+        return True
+    mine = torch.cat([m.reshape(-1) for m, _ in pieces]).double()  # type: ignore[union-attr]
+    truth = torch.cat([t.reshape(-1) for _, t in pieces])
+    sizes = torch.tensor([t.numel() for _, t in pieces])
+    scale = torch.tensor([measure[name] for name in held], dtype=torch.float64).repeat_interleave(sizes)
+    return not bool(((mine - truth).abs() <= base * scale).all())

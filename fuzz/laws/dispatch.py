@@ -1,0 +1,154 @@
+"""Laws of the token dispatcher: who must get which copy, and what must come back. Judged from a ledger of stamped tokens.
+
+Expected numbers come from the case and the shard map's coordinates; nothing is asked of megatron.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from fuzz.case import Case, Observation, Violation
+from fuzz.laws.compare import BOUNDS, Finding, certain_iterations, compare, iterations
+from toy_models import weights
+
+
+def _layers(case: Case) -> list[str]:
+    return [f"{i}/dispatch/{layer}" for i in iterations(case) for layer in range(case.model.layers)]
+
+
+def _peers(case: Case, rank: int) -> list[int]:
+    """The ranks that exchange tokens with this one, itself included: the same EDP (and pipeline) coordinate."""
+    mine = weights.coordinates(case.layout, rank)
+    everyone = {r: weights.coordinates(case.layout, r) for r in range(case.layout.world)}
+    return [r for r, at in everyone.items() if (at.edp, at.pp) == (mine.edp, mine.pp)]
+
+
+def _copies_due(case: Case, ranks: Sequence[Observation], rank: int, key: str) -> Counter:
+    """(expert, token id) -> copies that must reach this rank: every peer's tokens routed to its experts, once."""
+    local = case.model.experts // case.layout.ep
+    first = weights.coordinates(case.layout, rank).ep * local
+    due: Counter = Counter()
+    for peer in _peers(case, rank):
+        seen = ranks[peer].tensors
+        mine = seen[f"{key}/map"][:, first : first + local].bool()
+        ids = seen[f"{key}/sent"][:, 0].round().long()
+        due.update((first + int(e), int(ids[t])) for t, e in mine.nonzero())
+    return due
+
+
+def _copies_there(case: Case, rank: Observation, key: str) -> Counter:
+    local = case.model.experts // case.layout.ep
+    first = weights.coordinates(case.layout, rank.rank).ep * local
+    counts = rank.tensors[f"{key}/counts"].long()
+    experts = torch.arange(first, first + local).repeat_interleave(counts)
+    ids = rank.tensors[f"{key}/arrived"][:, 0].round().long()
+    return Counter(zip(experts.tolist(), ids.tolist(), strict=True))
+
+
+def _miscarried(case: Case, ranks: Sequence[Observation], rank: Observation, key: str) -> Finding | None:
+    total, rows = int(rank.tensors[f"{key}/counts"].sum()), len(rank.tensors[f"{key}/arrived"])
+    where = f"rank {rank.rank}, {key}"
+    if total != rows:
+        return Finding(where, f"{total} copies (sum of counts)", f"{rows} rows", "counts do not add up to the copies")
+    due, there = _copies_due(case, ranks, rank.rank, key), _copies_there(case, rank, key)
+    if due == there:
+        return None
+    expert, token = min((due - there) or (there - due))
+    numbers = f"{due[expert, token]} copies", f"{there[expert, token]} copies"
+    sentence = f"token {token} arrived at expert {expert} {there[expert, token]} times instead of {due[expert, token]}"
+    return Finding(f"{where}, expert {expert}, token {token}", *numbers, sentence)
+
+
+def every_copy_is_delivered_once(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """Every routed copy (token, expert) arrives exactly once on each ETP rank of the EP rank that hosts the expert."""
+    for key in _layers(case):
+        for rank in ranks:
+            found = _miscarried(case, ranks, rank, key)
+            if found:
+                raise Violation(case, "every copy is delivered once", *found)
+    return sum(len(rank.tensors[f"{key}/arrived"]) for key in _layers(case) for rank in ranks)
+
+
+def _unequal_splits(case: Case, ranks: Sequence[Observation], key: str) -> Finding | None:
+    for sender in ranks:
+        at = weights.coordinates(case.layout, sender.rank)
+        for receiver in ranks:
+            to = weights.coordinates(case.layout, receiver.rank)
+            sent, got = sender.facts[f"{key}/splits"]["input"], receiver.facts[f"{key}/splits"]["output"]
+            if (at.edp, at.pp, at.etp) != (to.edp, to.pp, to.etp) or sent is None or sent[to.ep] == got[at.ep]:
+                continue
+            where = f"{key}, rank {sender.rank} to rank {receiver.rank}"
+            return Finding(where, f"{sent[to.ep]} sent", f"{got[at.ep]} expected there", "split sizes disagree")
+    return None
+
+
+def send_splits_equal_receive_splits(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """What rank i says it sends to rank j in the all-to-all is what j says it receives from i, pair by pair."""
+    for key in _layers(case):
+        found = _unequal_splits(case, ranks, key)
+        if found:
+            raise Violation(case, "send splits equal receive splits", *found)
+    first = ranks[0].facts[f"{_layers(case)[0]}/splits"]["input"]
+    return 0 if first is None else len(_layers(case))
+
+
+def combine_of_dispatch_is_the_sum_of_probabilities(
+    case: Case, ranks: Sequence[Observation], reference: Observation
+) -> int:
+    """With experts e(x, p) = p·x/ETP, combine(dispatch(x)) = x times the sum of the token's kept probabilities."""
+    bound = BOUNDS[case.precision]["forward"]
+    for key in _layers(case):
+        for rank in ranks:
+            seen = rank.tensors
+            due = seen[f"{key}/sent"].double() * seen[f"{key}/probs"].double().sum(1, keepdim=True)
+            scale = float(due.abs().max())
+            found = compare(f"{key}/combined", rank.rank, seen[f"{key}/combined"], due, scale, bound)
+            if found:
+                raise Violation(case, "combine of dispatch is the sum of probabilities", *found)
+    return len(_layers(case)) * len(ranks)
+
+
+def _formula(case: Case, hidden: torch.Tensor, router: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gates [tokens, E], zero where not chosen, and the margin [tokens] between the last chosen logit and the next."""
+    logits, k = hidden.double() @ router.t(), case.model.top_k
+    top = logits.topk(min(k + 1, case.model.experts), dim=1)
+    margin = top.values[:, k - 1] - top.values[:, k] if k < case.model.experts else torch.full_like(logits[:, 0], torch.inf)
+    chosen = torch.zeros_like(logits).scatter(1, top.indices[:, :k], 1.0)
+    gates = logits.softmax(1) * chosen
+    return (gates / gates.sum(1, keepdim=True) if case.model.norm_topk_prob else gates), margin
+
+
+def _misrouted(case: Case, rank: Observation, key: str, router: torch.Tensor) -> Finding | None:
+    seen = {name: rank.tensors[f"{key}/{name}"] for name in ("hidden", "probs", "map")}
+    gates, margin = _formula(case, seen["hidden"], router)
+    clear = margin > (1e-9 if case.precision == "float64" else 1e-5)
+    bound = BOUNDS[case.precision]["forward"]
+    counts = seen["map"].sum(1)
+    if (counts != case.model.top_k).any():
+        t = int((counts != case.model.top_k).int().argmax())
+        where = f"rank {rank.rank}, {key}, token {t}"
+        return Finding(where, f"{case.model.top_k} experts", f"{int(counts[t])}", "a token has not top_k distinct experts")
+    wrong = ((gates > 0) != seen["map"].bool()).any(1) & clear
+    if wrong.any():
+        t = int(wrong.int().argmax())
+        experts = [g.nonzero().flatten().tolist() for g in (gates[t], seen["map"][t])]
+        return Finding(f"rank {rank.rank}, {key}, token {t}", *map(str, experts), "a token goes to the wrong experts")
+    return compare(f"{key}/probs", rank.rank, seen["probs"][clear], gates[clear], 1.0, bound)
+
+
+def routing_is_valid(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """From each router's observed input: top_k distinct experts with the greatest logits, gates as the score function says."""
+    weight = weights.canonical(case.model, "actor", case.seed)
+    judged = 0
+    for i in certain_iterations(case, reference):
+        if i > 0:
+            break  # later iterations route with updated weights, judged against the reference
+        for layer in range(case.model.layers):
+            router = weight[f"model.layers.{layer}.mlp.gate.weight"]
+            router = router if case.precision == "float64" else router.float().double()
+            for rank in ranks:
+                found = _misrouted(case, rank, f"{i}/route/{layer}", router)
+                if found:
+                    raise Violation(case, "routing is valid", *found)
+                judged += 1
+    return judged

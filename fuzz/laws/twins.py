@@ -1,0 +1,65 @@
+"""Laws that compare a case with its twin: the same case once more, or with one thing changed that must not matter."""
+
+from collections.abc import Sequence
+
+import torch
+from fuzz.case import Case, Observation, Violation
+from fuzz.laws.compare import BOUNDS, Finding, bound_of, differs
+
+DISPATCH = "/dispatch/"
+
+
+def _unequal(mine: Observation, other: Observation) -> Finding | None:
+    if dict(mine.numbers) != dict(other.numbers):
+        key = next(k for k, v in mine.numbers.items() if other.numbers.get(k) != v)
+        numbers = repr(mine.numbers[key]), repr(other.numbers.get(key))
+        return Finding(f"rank {mine.rank}, {key}", *numbers, f"{key} differs between two runs of one case")
+    for key, tensor in mine.tensors.items():
+        if not torch.equal(tensor, other.tensors[key]):
+            worst = int((tensor.double() - other.tensors[key].double()).abs().flatten().argmax())
+            numbers = tuple(repr(float(t.flatten()[worst])) for t in (tensor, other.tensors[key]))
+            witness = f"rank {mine.rank}, {key}, flat element {worst}"
+            return Finding(witness, *numbers, f"{key} differs between two runs of one case")
+    return None
+
+
+def a_case_run_twice_is_bitwise_the_same(
+    case: Case, ranks: Sequence[Observation], twins: Sequence[Observation], reference: Observation
+) -> int:
+    """The same case once more in the same ranks gives the same bits."""
+    if case.twin != "again":
+        return 0
+    for mine, other in zip(ranks, twins, strict=True):
+        found = _unequal(mine, other)
+        if found:
+            raise Violation(case, "a case run twice is bitwise the same", *found)
+    return len(ranks)
+
+
+def _apart(case: Case, mine: Observation, other: Observation, reference: Observation) -> Finding | None:
+    clipped = "clipped" if case.ppo.max_norm else "gradient"
+    for key, tensor in mine.tensors.items():
+        if DISPATCH in key or key not in reference.tensors:
+            continue
+        scale = max(float(reference.tensors[key].abs().max()), 1e-3)
+        bound = 2 * bound_of(reference, key, BOUNDS[case.precision][clipped], scale)  # both may err
+        worst = differs(tensor, other.tensors[key], scale, bound)
+        if worst:
+            gap, where = worst
+            numbers = f"{float(other.tensors[key][where]):.15g}", f"{float(tensor[where]):.15g}"
+            said = f"{key} differs by {gap:.2e} between the dispatchers; the bound is {bound:.1e}"
+            return Finding(f"rank {mine.rank}, {key}, element {list(where)}", *numbers, said)
+    return None
+
+
+def the_dispatchers_agree(
+    case: Case, ranks: Sequence[Observation], twins: Sequence[Observation], reference: Observation
+) -> int:
+    """alltoall and allgather give the same rollouts, gradients and weights, to rounding."""
+    if case.twin != "other_dispatcher":
+        return 0
+    for mine, other in zip(ranks, twins, strict=True):
+        found = _apart(case, mine, other, reference)
+        if found:
+            raise Violation(case, "alltoall and allgather dispatchers agree", *found)
+    return len(ranks)

@@ -1,0 +1,254 @@
+"""Laws of the update: gradients, their norm, what the optimizer does with them, weights after it, and the reported metrics."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from fuzz.case import Case, Observation, Violation
+from fuzz.laws.compare import (
+    BOUNDS,
+    STATES,
+    TRAINED,
+    Finding,
+    Step,
+    bound_of,
+    certain_steps,
+    compare,
+    compare_pieces,
+    rows_in,
+    steps,
+)
+from toy_models import weights
+
+METRICS = ("policy_loss", "entropy", "approx_kl", "clip_fraction", "value_loss", "value_clip_fraction")
+
+
+def _base(case: Case, step: Step, kind: str) -> float:
+    """The bound of a kind, or that of everything that follows a clipped step."""
+    moved = step.iteration + step.step > 0 or kind == "weight"
+    return BOUNDS[case.precision]["clipped" if case.ppo.max_norm and moved else "gradient"]
+
+
+def gradients_match_the_reference(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """Every parameter's gradient of actor and critic, reduced and before clipping, is that of plain autograd."""
+    judged = 0
+    for step in certain_steps(case, reference):
+        for role in TRAINED:
+            prefix = f"{step.key}/{role}/grad"
+            found = compare_pieces(case, ranks, reference, role, prefix, _base(case, step, "grad"))
+            if found:
+                raise Violation(case, "gradients match the reference", *found)
+            judged += 1
+    return judged
+
+
+def _unique_norm(case: Case, ranks: Sequence[Observation], role: str, prefix: str) -> float:
+    """L2 norm of the observed gradients over unique parameters: of replicas, the lowest rank's piece counts."""
+    pieces: dict[tuple, torch.Tensor] = {}
+    for rank in ranks:
+        for name, where in weights.held(case.model, case.layout, role, rank.rank).items():
+            at = (name, *((s.start, s.stop) for s in where))
+            pieces.setdefault(at, rank.tensors[f"{prefix}/{name}"])
+    return math.sqrt(sum(float((piece.double() ** 2).sum()) for piece in pieces.values()))
+
+
+def _wrong_norm(rank: Observation, key: str, due: float, of: str, bound: float) -> Finding | None:
+    norm = rank.numbers[key]
+    if abs(norm - due) <= bound * max(due, 1e-12):
+        return None
+    sentence = f"the reported gradient norm is not that of {of}: {norm:.9g} instead of {due:.9g}"
+    return Finding(f"rank {rank.rank}, {key}", f"{due:.9g}", f"{norm:.9g}", sentence)
+
+
+def gradient_norm_is_that_of_the_observed_gradients(
+    case: Case, ranks: Sequence[Observation], reference: Observation
+) -> int:
+    """The reported norm is the L2 norm over unique parameters of the gradients that the ranks hold."""
+    bound = BOUNDS[case.precision]["norm"]
+    for step in steps(case):
+        for role in TRAINED:
+            due = _unique_norm(case, ranks, role, f"{step.key}/{role}/grad")
+            for rank in ranks:
+                found = _wrong_norm(rank, f"{step.key}/{role}_norm", due, "the observed gradients", bound)
+                if found:
+                    raise Violation(case, "gradient norm is that of the observed gradients", *found)
+    return len(steps(case))
+
+
+def gradient_norm_matches_the_reference(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """The reported norm, and so the clip coefficient min(1, max_norm/(norm + 1e-6)), is the reference's on every rank."""
+    base, judged = BOUNDS[case.precision]["norm"], 0
+    for step in certain_steps(case, reference):
+        for role in TRAINED:
+            key = f"{step.key}/{role}_norm"
+            for rank in ranks:
+                due = reference.numbers[key]
+                found = _wrong_norm(rank, key, due, "the reference", bound_of(reference, key, base, due))
+                if found:
+                    raise Violation(case, "gradient norm matches the reference", *found)
+            judged += 1
+    return judged
+
+
+# ---- the optimizer, from what it was given ---------------------------------------------------------------------
+
+
+def _decays(name: str, shape: Sequence[int]) -> bool:
+    return len(shape) > 1 and not name.endswith(".bias")
+
+
+def _coefficient(case: Case, norm: float) -> float:
+    return min(1.0, case.ppo.max_norm / (norm + 1e-6)) if case.ppo.max_norm > 0 else 1.0
+
+
+def _adam(case: Case, w: torch.Tensor, g: torch.Tensor, before: Mapping, t: int, lr: float, wd: torch.Tensor) -> dict:
+    p = case.ppo
+    m = p.beta1 * before["exp_avg"] + (1 - p.beta1) * g
+    v = p.beta2 * before["exp_avg_sq"] + (1 - p.beta2) * g * g
+    moved = (m / (1 - p.beta1**t)) / ((v / (1 - p.beta2**t)).sqrt() + p.eps)
+    return {"weight": w - lr * wd * w - lr * moved, "exp_avg": m, "exp_avg_sq": v}
+
+
+def _sgd(case: Case, w: torch.Tensor, g: torch.Tensor, before: Mapping, t: int, lr: float, wd: torch.Tensor) -> dict:
+    g = g + wd * w
+    carried = g if t == 1 or not case.ppo.momentum else case.ppo.momentum * before["momentum_buffer"] + g
+    state = {"momentum_buffer": carried} if case.ppo.momentum else {}
+    return {"weight": w - lr * carried, **state}
+
+
+def _flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.reshape(-1).double() for tensor in tensors])
+
+
+def _states(case: Case) -> tuple[str, ...]:
+    return STATES[case.ppo.optimizer] if case.ppo.optimizer == "adam" or case.ppo.momentum else ()
+
+
+def _before(case: Case, rank: Observation, role: str, held: Mapping, number: int) -> dict[str, torch.Tensor]:
+    """Weights and state just before step `number` of the program, flat over all held tensors."""
+    if number > 0:
+        key = steps(case)[number - 1].key
+        kinds = ("weight", *_states(case))
+        return {k: _flat(rank.tensors[f"{key}/{role}/{k}/{n}"] for n in held) for k in kinds}
+    initial = weights.canonical(case.model, role, case.seed)
+    pieces = [initial[name][where] for name, where in held.items()]
+    w = _flat(piece.float() if case.precision == "float32" else piece for piece in pieces)
+    return {"weight": w} | {k: torch.zeros_like(w) for k in _states(case)}
+
+
+def _misstepped(case: Case, rank: Observation, role: str, number: int) -> Finding | None:
+    step, held = steps(case)[number], weights.held(case.model, case.layout, role, rank.rank)
+    before, lr = _before(case, rank, role, held, number), case.ppo.lr if role == "actor" else case.ppo.critic_lr
+    gradients = [rank.tensors[f"{step.key}/{role}/grad/{name}"] for name in held]
+    wd = _flat(torch.full_like(g, case.ppo.weight_decay * _decays(n, g.shape)) for n, g in zip(held, gradients, strict=True))
+    norm = rank.numbers[f"{step.key}/{role}_norm"]
+    g = _flat(gradients) * _coefficient(case, norm)
+    rule = _adam if case.ppo.optimizer == "adam" else _sgd
+    due = rule(case, before["weight"], g, before, number + 1, lr, wd)
+    for kind, truth in due.items():
+        mine = _flat(rank.tensors[f"{step.key}/{role}/{kind}/{name}"] for name in held)
+        scale = max(float(truth.abs().max()), float(before[kind].abs().max()))
+        found = compare(f"{step.key}/{role}/{kind}", rank.rank, mine, truth, scale, BOUNDS[case.precision]["step"])
+        if found:
+            return found._replace(witness=f"{found.witness}, {_owner(held, gradients, found)}")
+    return None
+
+
+def _owner(held: Mapping, gradients: Sequence[torch.Tensor], found: Finding) -> str:
+    """Which tensor the flat index of a finding falls into."""
+    index = int(found.witness.rsplit("[", 1)[1].rstrip("]"))
+    for name, gradient in zip(held, gradients, strict=True):
+        if index < gradient.numel():
+            return name
+        index -= gradient.numel()
+    raise AssertionError(f"flat index {index} lies behind the last tensor")
+
+
+def the_optimizer_does_its_formula(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """From observed weights, moments, gradients and norm: AdamW (or SGD), with decay of matrices only, gives what was observed after."""
+    for number in range(len(steps(case))):
+        for role in TRAINED:
+            for rank in ranks:
+                found = _misstepped(case, rank, role, number)
+                if found:
+                    raise Violation(case, "the optimizer does its formula on the gradients it was given", *found)
+    return len(steps(case))
+
+
+def weights_and_moments_match_the_reference(
+    case: Case, ranks: Sequence[Observation], reference: Observation
+) -> int:
+    """Weights and optimizer state after each step are those of the one-process reference."""
+    judged = 0
+    for step in certain_steps(case, reference):
+        for role in TRAINED:
+            for kind in ("weight", *_states(case)):
+                base = _base(case, step, "weight")
+                found = compare_pieces(case, ranks, reference, role, f"{step.key}/{role}/{kind}", base)
+                if found:
+                    raise Violation(case, "weights and moments match the reference", *found)
+            judged += 1
+    return judged
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------
+
+
+def metrics_agree_on_all_ranks(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """Reported metrics are bitwise the same on every rank."""
+    for key, value in ranks[0].numbers.items():
+        for rank in ranks[1:]:
+            if rank.numbers.get(key) != value:
+                where, said = f"rank {rank.rank}, {key}", f"rank {rank.rank} reports another {key} than rank 0"
+                finding = Finding(where, f"{value!r} (rank 0)", f"{rank.numbers.get(key)!r}", said)
+                raise Violation(case, "metrics agree on all ranks", *finding)
+    return len(ranks[0].numbers) if len(ranks) > 1 else 0
+
+
+def _wrong_metric(case: Case, rank: Observation, reference: Observation, step: Step, name: str) -> Finding | None:
+    key = f"{step.key}/{name}"
+    due, mine = reference.numbers[key], rank.numbers[key]
+    scale = max(1.0, abs(due))
+    if abs(mine - due) <= bound_of(reference, key, _base(case, step, "metric"), scale) * scale:
+        return None
+    sentence = f"{name} of step {step.key} is {mine:.12g}; over the whole mini-batch it is {due:.12g}"
+    return Finding(f"rank {rank.rank}, {key}", f"{due:.12g}", f"{mine:.12g}", sentence)
+
+
+def metrics_match_the_reference(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """Losses, entropy, KL and clip fractions are those of the whole mini-batch, on every rank."""
+    judged = 0
+    for step in certain_steps(case, reference):
+        for name in METRICS:
+            for rank in ranks:
+                found = _wrong_metric(case, rank, reference, step, name)
+                if found:
+                    raise Violation(case, "metrics match the reference", *found)
+        judged += 1
+    return judged
+
+
+def later_mini_batches_move(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """After the first step the new log-probs are those of the moved policy, as in the reference; and they have moved."""
+    judged = 0
+    for step in certain_steps(case, reference):
+        if step.step == 0:
+            continue
+        key, base = f"{step.key}/logp", _base(case, step, "logp")
+        truth = reference.tensors[key]
+        for rank in ranks:
+            order = [row for share in _order(case, step) for row in share]
+            due = truth[[order.index(row) for row in rows_in(case, rank.rank, step)]]
+            scale = float(truth.abs().max())
+            bound = bound_of(reference, key, base, scale)
+            found = compare(key, rank.rank, rank.tensors[key], due, scale, bound)
+            if found:
+                raise Violation(case, "later mini-batches move as in the reference", *found)
+        judged += bool(reference.numbers[f"{step.key}/approx_kl"] != 0)
+    return judged
+
+
+def _order(case: Case, step: Step) -> list[list[int]]:
+    """Rows of a mini-batch in the reference's order: ascending."""
+    share = case.batch.rows // case.ppo.mini_batches
+    return [list(range(step.mini_batch * share, (step.mini_batch + 1) * share))]

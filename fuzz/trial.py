@@ -1,0 +1,128 @@
+"""One case from its values to its verdict: reference, ranks, twin, laws. Owns the pools and nothing of Hypothesis.
+
+A verdict depends on the case alone: what is cached (references, and process groups inside the ranks) is keyed by value.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fuzz.case import Case, HarnessFault, Observation, Violation, twin_of
+from fuzz.laws import judge
+from fuzz.laws.compare import doubts, forced_tokens
+from fuzz.ranks import Ranks
+from toy_models.spec import padded_width, partition
+
+KEPT_REFERENCES = 64
+KEPT_POOLS = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a case: how much each law had to check, what was broken, and what could not be judged and why."""
+
+    case: Case
+    counts: Mapping[str, int]
+    violation: Violation | None
+    doubts: Sequence[str]
+    ill_conditioned: bool
+    facts: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+
+class Trials:
+    """The pools of rank processes and the reference's process, warm for one run; `plants` are applied in every rank."""
+
+    def __init__(self, plants: tuple[str, ...] = (), deadline: float = 60.0) -> None:
+        self.plants, self.deadline = plants, deadline
+        self._pools: OrderedDict[int, Ranks] = OrderedDict()
+        self._truth: Ranks | None = None
+        self._references: OrderedDict[tuple, Observation] = OrderedDict()
+
+    def judge(self, case: Case) -> Verdict:
+        """Run a case, and its twin if it has one, and judge everything that was seen."""
+        reference = self._reference(case)
+        ranks = self._ranks(case, reference)
+        twin = self._ranks(twin_of(case), reference) if case.twin else []
+        counts, violation = judge(case, ranks, reference, twin)
+        ill = False
+        if violation is not None and _done(ranks) and _done(twin):
+            counts, again = judge(case, ranks, self._moving(case, reference), twin)
+            ill, violation = again is None, again
+        seconds = dict(ranks[0].seconds) | {f"reference.{k}": v for k, v in reference.seconds.items()}
+        return Verdict(case, counts, violation, doubts(case, reference), ill, _facts(case, reference), seconds)
+
+    def close(self) -> None:
+        """End all processes."""
+        for pool in [*self._pools.values(), *([self._truth] if self._truth else [])]:
+            pool.close()
+        self._pools.clear()
+        self._truth = None
+
+    def _ranks(self, case: Case, reference: Observation) -> list[Observation]:
+        world = case.layout.world
+        if world not in self._pools:
+            self._make_room()
+            start = "fuzz.drive:start"
+            self._pools[world] = Ranks(world, start=start, plants=self.plants, deadline=self.deadline)
+        self._pools.move_to_end(world)
+        return self._pools[world].run("fuzz.drive:step", case, forced_tokens(case, reference))
+
+    def _make_room(self) -> None:
+        if len(self._pools) >= KEPT_POOLS:
+            _, oldest = self._pools.popitem(last=False)
+            oldest.close()
+
+    def _reference(self, case: Case) -> Observation:
+        key = _reference_key(case)
+        if key not in self._references:
+            self._references[key] = self._ask("fuzz.truth:run", case)
+        self._references.move_to_end(key)
+        while len(self._references) > KEPT_REFERENCES:
+            self._references.popitem(last=False)
+        return self._references[key]
+
+    def _moving(self, case: Case, reference: Observation) -> Observation:
+        """The reference with how far each of its tensors moves under a nudge of one unit in the last place."""
+        if not any(name.startswith("moved/") for name in reference.numbers):
+            moved = self._ask("fuzz.truth:movement", case)
+            reference = replace(reference, numbers={**reference.numbers, **moved.numbers})
+            self._references[_reference_key(case)] = reference
+        return reference
+
+    def _ask(self, function: str, case: Case) -> Observation:
+        if self._truth is None:
+            self._truth = Ranks(1, start=None, deadline=self.deadline)
+        [answer] = self._truth.run(function, case)
+        if answer.outcome != "done":
+            raise HarnessFault(f"the reference {answer.outcome} on {case!r}: {answer.error}")
+        return answer
+
+
+def _done(ranks: Sequence[Observation]) -> bool:
+    return all(rank.outcome == "done" for rank in ranks)
+
+
+def _reference_key(case: Case) -> tuple:
+    """What the reference depends on: the layout only where balance losses see micro-batches and padding."""
+    key = (case.model, case.batch, case.ppo, case.program, case.precision, case.seed)
+    if not (case.model.aux_loss or case.model.z_loss):
+        return key
+    return (*key, partition(case.layout, case.batch, case.ppo), padded_width(case.layout, case.batch))
+
+
+def _facts(case: Case, reference: Observation) -> dict[str, float]:
+    """What the summary counts about a case: starved experts, starved EP ranks, clipping of policy and values."""
+    later = [k for k in reference.numbers if k.endswith("clip_fraction") and "/0/" not in k[1:]]
+    return {
+        "starved_experts": _starved(case, reference, 1),
+        "starved_ranks": _starved(case, reference, case.model.experts // case.layout.ep),
+        "policy_clipped": any(reference.numbers[k] > 0 for k in later if k.endswith("/clip_fraction")),
+        "values_clipped": any(reference.numbers[k] > 0 for k in later if k.endswith("value_clip_fraction")),
+    }
+
+
+def _starved(case: Case, reference: Observation, width: int) -> int:
+    """Groups of `width` neighbouring experts to which no token of the batch goes, over all layers."""
+    layers = reference.facts["0/tokens_per_expert"]
+    return sum(not sum(counts[e : e + width]) for counts in layers for e in range(0, len(counts), width))
