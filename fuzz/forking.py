@@ -70,9 +70,7 @@ def fork(processes: list[BaseProcess]) -> None:
     thread.join(IMPORTS)
     if thread.is_alive():
         _end_fork_server()
-        raise HarnessFault(
-            f"the fork server was not ready after {IMPORTS:g} s; it imports {', '.join(PRELOAD)}"
-        )
+        raise HarnessFault(f"the fork server was not ready after {IMPORTS:g} s; it imports {', '.join(PRELOAD)}")
     if failed:
         raise HarnessFault(f"the fork server has ended ({failed[0]!r}): {_why_no_imports()}")
 
@@ -83,7 +81,7 @@ def _start(processes: list[BaseProcess], failed: list[Exception]) -> None:
         with _surroundings():
             for process in processes:
                 process.start()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+    except Exception as error:
         failed.append(error)
 
 

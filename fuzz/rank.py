@@ -91,7 +91,7 @@ def _started(seat: Seat) -> Word:
         doing = f"call {seat.start}"
         if seat.start:
             _named(seat.start)(seat.rank, seat.world, str(seat.folder / "store"), seat.plants)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+    except BaseException as error:
         return _fault(doing, error)
     return "ready", None
 
@@ -105,7 +105,7 @@ def _answer(seat: Seat, progress: Callable[[str], None]) -> Word:
         outcome, seen = _outcome(called, progress, args)
         doing = f"pack what {function} returned"
         return outcome, _packed(seat, seen)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+    except BaseException as error:
         return _fault(doing, error)
 
 
@@ -117,7 +117,7 @@ def _named(function: str) -> Callable:
 def _outcome(called: Callable, progress: Callable[[str], None], args: tuple) -> tuple[str, dict[str, Any]]:
     try:
         return "done", called(progress, *args)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+    except BaseException as error:
         return "raised", {"facts": _cause(error), "error": _traced(error)}
 
 
@@ -128,7 +128,7 @@ def _fault(doing: str, error: BaseException) -> Word:
 def _message(error: BaseException) -> str:
     try:
         return str(error)[:TEXT]
-    except Exception as unprintable:  # noqa: BLE001 - whatever it is, the parent must hear of it
+    except Exception as unprintable:
         return f"<its __str__ raised {type(unprintable).__name__}>"
 
 
@@ -154,9 +154,7 @@ def _packed(seat: Seat, seen: dict[str, Any]) -> dict[str, Any]:
     assert not unknown, f"a rank returned {sorted(unknown)}; known are tensors, numbers, facts and seconds"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in seen.get("tensors", {}).items()}
     *offsets, end = accumulate((_aligned(tensor.nbytes) for tensor in tensors.values()), initial=0)
-    index = [
-        (n, str(t.dtype)[6:], tuple(t.shape), at) for (n, t), at in zip(tensors.items(), offsets, strict=True)
-    ]
+    index = [(n, str(t.dtype)[6:], tuple(t.shape), at) for (n, t), at in zip(tensors.items(), offsets, strict=True)]
     head = pickle.dumps({**seen, "tensors": index})
     size = _aligned(len(head)) + end
     if size <= MOST_BYTES:
@@ -170,7 +168,7 @@ def _write(path: Path, head: bytes, offsets: list[int], tensors: list[torch.Tens
         file.write(head)
         for offset, tensor in zip(offsets, tensors, strict=True):
             file.seek(_aligned(len(head)) + offset)
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file.truncate(size)
 
 

@@ -55,10 +55,9 @@ class Ranks:
         self._warm()
 
     def run(self, function: str, *args: Any) -> list[Observation]:
-        """Call "module:function" in every rank as f(progress, *args); what each of them saw, or how it ended.
+        """Call "module:function" in every rank as f(progress, *args): what each of them saw, or how it ended.
 
-        f returns a dict with any of tensors, numbers, facts, seconds. HarnessFault where it cannot be called, or
-        where what it returns cannot be brought back.
+        f returns a dict with any of tensors, numbers, facts, seconds; HarnessFault where that cannot be had.
         """
         try:
             pool = self._warm()
@@ -121,9 +120,7 @@ class _Pool:
 
     def news(self, ranks: Iterable[int], seconds: float) -> list[int]:
         """Those of `ranks` that have said something or died, at the latest after `seconds`."""
-        sources: dict[Any, int] = {
-            source: r for r in ranks for source in (self.pipes[r], self.processes[r].sentinel)
-        }
+        sources: dict[Any, int] = {source: r for r in ranks for source in (self.pipes[r], self.processes[r].sentinel)}
         return sorted({sources[source] for source in wait(list(sources), max(0.0, seconds))})
 
     def word(self, rank: int) -> Word:
@@ -142,9 +139,7 @@ class _Pool:
     def text(self, kind: str, rank: int) -> str:
         """The end of what a rank has left in its file."""
         with contextlib.suppress(OSError):
-            return (
-                (self.folder / f"{kind}-{rank}").read_bytes().rstrip(b"\0").decode(errors="replace")[-TEXT:]
-            )
+            return (self.folder / f"{kind}-{rank}").read_bytes().rstrip(b"\0").decode(errors="replace")[-TEXT:]
         return ""
 
     def kill(self) -> None:
@@ -206,9 +201,7 @@ def _check_sizes(replies: dict[int, dict[str, Any]]) -> None:
     total = sum(reply["size"] for reply in replies.values())
     if total > MOST_BYTES:
         each = ", ".join(f"rank {r} {v['size']:,} (largest {v['largest']!r})" for r, v in replies.items())
-        raise HarnessFault(
-            f"the observations of one case have {total:,} bytes of at most {MOST_BYTES:,}: {each}"
-        )
+        raise HarnessFault(f"the observations of one case have {total:,} bytes of at most {MOST_BYTES:,}: {each}")
 
 
 def _why_silent(words: dict[int, Word], deadline: float) -> str:
@@ -245,8 +238,7 @@ def _stacks(pool: _Pool, ranks: list[int]) -> dict[int, str]:
     for rank in ranks:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pool.processes[rank].pid, signal.SIGUSR1)  # type: ignore[arg-type]
-    before: list[str] = []
-    now, until = [""] * len(ranks), time.monotonic() + STACKS
+    before, now, until = list[str](), [""] * len(ranks), time.monotonic() + STACKS
     while (now != before or not all(now)) and time.monotonic() < until:
         time.sleep(0.02)
         before, now = now, [pool.text("stack", rank) for rank in ranks]

@@ -1,4 +1,4 @@
-"""Functions that the tests of the pool call inside rank processes, by name. Knows torch.distributed, nothing of ours."""
+"""Functions that the tests of the pool call inside ranks, by name. Knows torch.distributed, nothing of ours."""
 
 import ctypes
 import os

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fuzz.case import HarnessFault, Observation
 
+from fuzz.case import HarnessFault, Observation
 from fuzz.ranks import Ranks
 
 SELF = "tests.in_ranks"
