@@ -200,7 +200,7 @@ def _observations(pool: _Pool, words: dict[int, Word], deadline: float) -> list[
 def _check_sizes(replies: dict[int, dict[str, Any]]) -> None:
     total = sum(reply["size"] for reply in replies.values())
     if total > MOST_BYTES:
-        each = ", ".join(f"rank {r} {v['size']:,} (largest {v['largest']!r})" for r, v in replies.items())
+        each = ", ".join(f"rank {r} {v['size']:,} (largest {v['largest']!r})" for r, v in sorted(replies.items()))
         raise HarnessFault(f"the observations of one case have {total:,} bytes of at most {MOST_BYTES:,}: {each}")
 
 
