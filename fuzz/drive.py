@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fuzz import cpu_platform, probe
-from fuzz.case import Case, Rollout, Update
 from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_utils
+
+from fuzz import cpu_platform, probe
+from fuzz.case import Case, Rollout, Update
 from toy_models import megatron, ppo, precision
 from toy_models.megatron import Role
 from toy_models.spec import Layout
@@ -148,9 +149,7 @@ def _run(case: Case, roles: Mapping[str, Role], forced: Mapping[int, Mapping], s
             _update(case, roles, iteration, experience, seen)
 
 
-def _experience(
-    case: Case, roles: Mapping[str, Role], iteration: int, forced: Mapping, seen: Seen
-) -> ppo.Experience:
+def _experience(case: Case, roles: Mapping[str, Role], iteration: int, forced: Mapping, seen: Seen) -> ppo.Experience:
     key = str(iteration)
     seen.digest(f"{key}/start", roles)
     with seen.stage("rollout"):

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+
 from fuzz.case import Case
 from toy_models import reference
 

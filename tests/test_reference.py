@@ -13,9 +13,7 @@ from toy_models.precision import keep_float64
 from toy_models.spec import FAMILIES, PPO, Batch, Layout, MoEModel, Switches, end_token, uniform
 
 MODELS = {
-    "qwen3moe": MoEModel(
-        layers=2, experts=4, top_k=2, norm_topk_prob=True, hidden=12, heads=4, kv_heads=2, ffn=6
-    ),
+    "qwen3moe": MoEModel(layers=2, experts=4, top_k=2, norm_topk_prob=True, hidden=12, heads=4, kv_heads=2, ffn=6),
     "qwen2moe": MoEModel(family="qwen2moe", layers=2, experts=3, heads=2, kv_heads=1, shared_ffn=6),
     "mixtral": MoEModel(family="mixtral", experts=4, top_k=2, norm_topk_prob=True, heads=2, tied=True),
 }
@@ -102,9 +100,7 @@ def test_everything_in_the_page_is_observed(family: str) -> None:
     assert shapes == expected
     metrics = {"policy_loss", "entropy", "approx_kl", "clip_fraction", "value_loss", "value_clip_fraction"}
     metrics |= {"actor_norm", "critic_norm", "margin"}
-    assert set(seen["numbers"]) == {f"0/{s}/{name}" for s in (0, 1) for name in metrics} | {
-        "0/margin/routing"
-    }
+    assert set(seen["numbers"]) == {f"0/{s}/{name}" for s in (0, 1) for name in metrics} | {"0/margin/routing"}
     counts = seen["facts"]["0/tokens_per_expert"]
     assert [sum(layer) for layer in counts] == [rows * width * MODELS[family].top_k] * MODELS[family].layers
 
@@ -112,9 +108,7 @@ def test_everything_in_the_page_is_observed(family: str) -> None:
 def test_a_case_run_twice_is_bitwise_the_same_and_draws_nothing() -> None:
     state = torch.get_rng_state()
     one, two = reference.run(make()), reference.run(make())
-    assert all(
-        torch.equal(one["tensors"][key], two["tensors"][key]) for key in one["tensors"] | two["tensors"]
-    )
+    assert all(torch.equal(one["tensors"][key], two["tensors"][key]) for key in one["tensors"] | two["tensors"])
     assert one["numbers"] == two["numbers"] and one["facts"] == two["facts"]
     assert torch.equal(state, torch.get_rng_state())
 
@@ -173,9 +167,7 @@ def test_a_second_iteration_starts_from_the_trained_weights() -> None:
     seen = reference.run(case)["tensors"]
     trained = {n.split("weight/", 1)[1]: w for n, w in seen.items() if n.startswith("0/0/actor/weight/")}
     with keep_float64():
-        again = reference_model.forward(
-            case.model, families.to_hf(case.model, trained), seen["1/tokens"]
-        ).output
+        again = reference_model.forward(case.model, families.to_hf(case.model, trained), seen["1/tokens"]).output
     assert torch.equal(again, seen["1/logits"])
     assert not torch.equal(seen["0/tokens"], seen["1/tokens"])
 

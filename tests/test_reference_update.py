@@ -13,9 +13,7 @@ from toy_models.precision import keep_float64
 from toy_models.spec import FAMILIES, PPO, Batch, Layout, MoEModel, Switches
 
 MODELS = {
-    "qwen3moe": MoEModel(
-        layers=2, experts=4, top_k=2, norm_topk_prob=True, hidden=12, heads=4, kv_heads=2, ffn=6
-    ),
+    "qwen3moe": MoEModel(layers=2, experts=4, top_k=2, norm_topk_prob=True, hidden=12, heads=4, kv_heads=2, ffn=6),
     "qwen2moe": MoEModel(family="qwen2moe", layers=2, experts=3, heads=2, kv_heads=1, shared_ffn=6),
     "mixtral": MoEModel(family="mixtral", experts=4, top_k=2, norm_topk_prob=True, heads=2, tied=True),
 }
@@ -111,9 +109,7 @@ def plain_loss(case: Any, seen: dict, role: str, mini: int, state: dict[str, tor
     """The whole loss of one mini-batch, micro-batch by micro-batch, token by token."""
     term = plain_actor if role == "actor" else plain_critic
     lengths = spec.prompt_lengths(case.batch, case.seed)
-    micros = [
-        micro for share in spec.partition(case.layout, case.batch, case.ppo).micro[mini] for micro in share
-    ]
+    micros = [micro for share in spec.partition(case.layout, case.batch, case.ppo).micro[mini] for micro in share]
     terms, balance = [], 0.0
     for micro in micros:
         one = reference_model.forward(case.model, state, seen["0/tokens"][list(micro)])
@@ -163,9 +159,7 @@ def test_the_gradient_of_a_later_step_is_that_of_the_plain_loss(family: str, rol
 def test_balance_losses_of_a_router_that_prefers_nobody() -> None:
     model = MoEModel(experts=4, top_k=2, aux_loss=0.5, z_loss=0.25)
     logits, experts = torch.zeros(6, 4, dtype=torch.float64), torch.tensor([[0, 1]] * 6)
-    one = reference_model.Pass(
-        torch.zeros(1, dtype=torch.float64), (reference_model.Routing(logits, experts),)
-    )
+    one = reference_model.Pass(torch.zeros(1, dtype=torch.float64), (reference_model.Routing(logits, experts),))
     expected = 0.5 * 1 + 0.25 * math.log(4) ** 2
     assert update.balance_loss(model, [one, one]).item() == pytest.approx(expected, rel=1e-15)
 

@@ -91,9 +91,7 @@ def to_hf(model: MoEModel, canonical: Mapping[str, torch.Tensor]) -> Tensors:
 def _split_experts(model: MoEModel, name: str, tensor: torch.Tensor) -> Tensors:
     path, kind = name.rsplit(".", 1)
     if kind == "down_proj":
-        return {
-            f"{path}.{expert}.down_proj.weight": tensor[expert].clone() for expert in range(model.experts)
-        }
+        return {f"{path}.{expert}.down_proj.weight": tensor[expert].clone() for expert in range(model.experts)}
     gate_up = {"gate": slice(model.ffn), "up": slice(model.ffn, None)}
     return {
         f"{path}.{expert}.{kind}_proj.weight": tensor[expert, rows].clone()

@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+
 from toy_models import families, weights
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches, padded_width
 
@@ -283,7 +284,7 @@ def _optimizer(role: str, module: torch.nn.Module, ppo: PPO, precision: str) -> 
 
 
 def make_role(case: Any, name: str) -> Role:
-    """Build, load and, for actor and critic, wrap in DDP with an optimizer. `case` has the parts of `toy_models.spec`."""
+    """Build, load and, for actor and critic, wrap in DDP with an optimizer; `case` has the parts of `spec`."""
     config = transformer_config(case.model, case.layout, case.switches, case.precision)
     gpt = build(case.model, name, config, case.batch, case.layout)
     role = Role(name, case.model, case.layout, torch.distributed.get_rank(), gpt)

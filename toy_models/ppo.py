@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     vocab_parallel_cross_entropy,
 )
+
 from toy_models import spec
 from toy_models.megatron import Role
 
@@ -162,7 +163,7 @@ def _last_logits(batch: Rollout, logits_RWV: torch.Tensor) -> torch.Tensor:
 
 
 def _put(case: Any, rollout: Rollout, drawn_R: torch.Tensor, position: int, iteration: int, forced: Mapping) -> None:
-    """Append one token to every row that goes on, in place; a row goes on until it samples the end or meets its limit."""
+    """Append one token, in place, to every row that has not sampled the end nor met its limit."""
     limits = spec.response_limits(case.batch, case.seed)
     for i, row in enumerate(rollout.rows):
         if not _goes_on(case, rollout, i, position, limits[row]):
@@ -304,7 +305,9 @@ def _metrics(reports: Sequence[Mapping[str, Any]], tokens: torch.Tensor) -> dict
     return dict(zip(names, (totals / tokens).tolist(), strict=True))
 
 
-def _train(case: Any, role: Role, experience: Experience, rows: Sequence[Sequence[int]], watch: Watch, step: int) -> dict:
+def _train(
+    case: Any, role: Role, experience: Experience, rows: Sequence[Sequence[int]], watch: Watch, step: int
+) -> dict:
     """One optimizer step of one role on one mini-batch; its metrics. `watch` sees gradients, then what the step did."""
     assert role.optimizer
     batches = [experience.rollout.take(micro) for micro in rows]

@@ -157,9 +157,7 @@ def _update(now: Run, iteration: int, experience: Experience) -> None:
             experience.optimizer_steps += 1
 
 
-def _forward_mini_batch(
-    now: Run, leaves: Tensors, of: Responses, micro_batches: list[tuple[int, ...]]
-) -> list[Pass]:
+def _forward_mini_batch(now: Run, leaves: Tensors, of: Responses, micro_batches: list[tuple[int, ...]]) -> list[Pass]:
     """One pass per micro-batch; one for all together where no balance loss could tell the difference."""
     model = now.case.model
     if not model.aux_loss and not model.z_loss:

@@ -74,7 +74,7 @@ def _nudged(tensor: torch.Tensor, nudge: float, *key: int | str) -> torch.Tensor
 
 
 def initial(model: MoEModel, role: str, seed: int, precision: str, nudge: float = 0.0) -> Tensors:
-    """The weights of a role before training, rounded as the system's are; each times 1 + nudge or 1 - nudge, signs keyed."""
+    """Weights before training, rounded as the system's are; each times 1 + nudge or 1 - nudge, signs keyed."""
     canonical = weights.canonical(model, role, seed)
     if precision == "float32":
         canonical = {name: w.float().double() for name, w in canonical.items()}

@@ -95,9 +95,7 @@ def rollout(case: Any, actor: Tensors, iteration: int) -> Responses:
     return made
 
 
-def _extend(
-    case: Any, actor: Tensors, iteration: int, made: Responses, alive: list[int], j: int
-) -> list[int]:
+def _extend(case: Any, actor: Tensors, iteration: int, made: Responses, alive: list[int], j: int) -> list[int]:
     """Put token `j` into the responses of the rows `alive`; the rows that go on."""
     lengths = [made.prompt_lengths[row] + j for row in alive]
     z = forward(case.model, actor, made.sequences[alive, : max(lengths)]).output

@@ -30,9 +30,7 @@ def clipped_policy_loss(ppo: PPO, ratio: torch.Tensor, advantages: torch.Tensor)
     return torch.maximum(-advantages * ratio, -advantages * clipped)
 
 
-def clipped_value_loss(
-    ppo: PPO, v: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor
-) -> torch.Tensor:
+def clipped_value_loss(ppo: PPO, v: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
     """Elementwise half of the greater squared error, of the value and of the value kept near the old one."""
     near = old_values + (v - old_values).clamp(-ppo.value_clip, ppo.value_clip)
     return 0.5 * torch.maximum((v - returns) ** 2, (near - returns) ** 2)

@@ -217,7 +217,7 @@ class PPO:
 
 @dataclass(frozen=True, kw_only=True)
 class Switches:
-    """Options of megatron-core that must not matter, or only to rounding: weights are always loaded, initialised or not."""
+    """Options of megatron-core that must not matter, or only to rounding; weights are always loaded."""
 
     dispatcher: str = "alltoall"
     perform_initialization: bool = True
@@ -250,7 +250,7 @@ def check_together(layout: Layout, model: MoEModel, batch: Batch, ppo: PPO) -> N
 
 @dataclass(frozen=True)
 class Partition:
-    """Which row sits where: `micro[m][d]` is the tuple of micro-batches (tuples of rows) of DP rank d in mini-batch m."""
+    """Which row sits where: `micro[m][d]` has the micro-batches (tuples of rows) of DP rank d in mini-batch m."""
 
     micro: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+
 from toy_models.spec import Layout, MoEModel, uniform
 
 ROLES = ("actor", "critic", "reference", "reward")

@@ -1,4 +1,4 @@
-"""The laws, in causal order: pure functions over (case, observations, reference) that return how much they had to check.
+"""The laws, in causal order: pure functions over (case, observations, reference) that return how much they checked.
 
 A law that had nothing to check has not passed: it returns 0 and is counted as vacuous. The first broken law is raised;
 those after it are named in the Violation, so that one bug does not become six. Knows no processes and no Hypothesis.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import BOUNDS, compare, iterations, rows_of
 from toy_models import weights
@@ -34,7 +35,7 @@ def _seen(rank: Observation, i: int) -> dict[str, torch.Tensor]:
 
 
 def rewards_and_returns_match_a_closed_form(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
-    """Token rewards and returns follow from the observed log-probs, scores, values and mask; nothing leaks from masked places."""
+    """Token rewards and returns follow from observed log-probs, scores, values and mask; masked places leak nothing."""
     bound = BOUNDS[case.precision]["forward"]
     for i in iterations(case):
         for rank in ranks:
@@ -73,7 +74,7 @@ def _advantages(case: Case, seen: dict[str, torch.Tensor]) -> tuple[torch.Tensor
 def advantages_are_whitened_over_the_whole_batch(
     case: Case, ranks: Sequence[Observation], reference: Observation
 ) -> int:
-    """Advantages are returns minus values; whitening takes mean and variance over the masked-in tokens of all DP ranks."""
+    """Advantages are returns minus values; whitening is over the masked-in tokens of all DP ranks."""
     bound = BOUNDS[case.precision]["forward"]
     for i in iterations(case):
         due, rounding = _advantages(case, _whole_batch(case, ranks, i))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+
 from fuzz.case import Case, Observation
 from toy_models import weights
 from toy_models.spec import partition, prompt_lengths
@@ -104,9 +105,9 @@ def doubts(case: Case, reference: Observation) -> list[str]:
 
 
 def forced_tokens(case: Case, reference: Observation) -> dict[int, dict[tuple[int, int], int]]:
-    """Per iteration, (row, position) -> the reference's token, for rows whose uniform falls within the noise of a CDF step.
+    """Per iteration, (row, position) -> the reference's token, where a row is teacher-forced.
 
-    From the first such position on the row is teacher-forced.
+    That is from the first position on whose uniform falls within the noise of a step of the CDF.
     """
     return {i: found for i in iterations(case) if (found := _forced(case, reference, i))}
 
@@ -146,7 +147,9 @@ def bound_of(reference: Observation, key: str, base: float, scale: float) -> flo
     return max(base, ILL * reference.numbers.get(f"moved/{key}", 0.0) / max(scale, 1e-300))
 
 
-def differs(mine: torch.Tensor, truth: torch.Tensor, scale: float, bound: float) -> tuple[float, tuple[int, ...]] | None:
+def differs(
+    mine: torch.Tensor, truth: torch.Tensor, scale: float, bound: float
+) -> tuple[float, tuple[int, ...]] | None:
     """The greatest relative difference and where, if above the bound; NaN and infinity differ from everything."""
     gap = (mine.to(torch.float64) - truth.to(torch.float64)).abs() / max(scale, 1e-300)
     gap = gap.nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -156,7 +159,9 @@ def differs(mine: torch.Tensor, truth: torch.Tensor, scale: float, bound: float)
     return float(gap.flatten()[worst]), tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), gap.shape))
 
 
-def compare(name: str, rank: int, mine: torch.Tensor, truth: torch.Tensor, scale: float, bound: float) -> Finding | None:
+def compare(
+    name: str, rank: int, mine: torch.Tensor, truth: torch.Tensor, scale: float, bound: float
+) -> Finding | None:
     """One tensor of one rank against what it must be."""
     if mine.shape != truth.shape:
         shapes = f"{list(truth.shape)}", f"{list(mine.shape)}"
@@ -180,7 +185,7 @@ def scales(reference: Observation, prefix: str, names: Sequence[str]) -> dict[st
 def compare_pieces(
     case: Case, ranks: Sequence[Observation], reference: Observation, role: str, prefix: str, base: float
 ) -> Finding | None:
-    """Every piece of every rank under `prefix` (`0/1/actor/grad`) against its slice of the reference; the first that differs."""
+    """The first piece of any rank under `prefix` (`0/1/actor/grad`) that differs from its slice of the reference."""
     measure = scales(reference, prefix, list(weights.shapes(case.model, role)))
     for rank in ranks:
         held = weights.held(case.model, case.layout, role, rank.rank)

@@ -1,4 +1,4 @@
-"""Laws of the token dispatcher: who must get which copy, and what must come back. Judged from a ledger of stamped tokens.
+"""Laws of the token dispatcher, judged from a ledger of stamped tokens: who must get which copy, what must come back.
 
 Expected numbers come from the case and the shard map's coordinates; nothing is asked of megatron.
 """
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
+
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import BOUNDS, Finding, certain_iterations, compare, iterations
 from toy_models import weights
@@ -112,7 +113,9 @@ def _formula(case: Case, hidden: torch.Tensor, router: torch.Tensor) -> tuple[to
     """Gates [tokens, E], zero where not chosen, and the margin [tokens] between the last chosen logit and the next."""
     logits, k = hidden.double() @ router.t(), case.model.top_k
     top = logits.topk(min(k + 1, case.model.experts), dim=1)
-    margin = top.values[:, k - 1] - top.values[:, k] if k < case.model.experts else torch.full_like(logits[:, 0], torch.inf)
+    margin = (
+        top.values[:, k - 1] - top.values[:, k] if k < case.model.experts else torch.full_like(logits[:, 0], torch.inf)
+    )
     chosen = torch.zeros_like(logits).scatter(1, top.indices[:, :k], 1.0)
     gates = logits.softmax(1) * chosen
     return (gates / gates.sum(1, keepdim=True) if case.model.norm_topk_prob else gates), margin
@@ -127,7 +130,9 @@ def _misrouted(case: Case, rank: Observation, key: str, router: torch.Tensor) ->
     if (counts != case.model.top_k).any():
         t = int((counts != case.model.top_k).int().argmax())
         where = f"rank {rank.rank}, {key}, token {t}"
-        return Finding(where, f"{case.model.top_k} experts", f"{int(counts[t])}", "a token has not top_k distinct experts")
+        return Finding(
+            where, f"{case.model.top_k} experts", f"{int(counts[t])}", "a token has not top_k distinct experts"
+        )
     wrong = ((gates > 0) != seen["map"].bool()).any(1) & clear
     if wrong.any():
         t = int(wrong.int().argmax())
@@ -137,7 +142,7 @@ def _misrouted(case: Case, rank: Observation, key: str, router: torch.Tensor) ->
 
 
 def routing_is_valid(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
-    """From each router's observed input: top_k distinct experts with the greatest logits, gates as the score function says."""
+    """From each router's observed input: the top_k experts of the greatest logits, gates as the score function says."""
     weight = weights.canonical(case.model, "actor", case.seed)
     judged = 0
     for i in certain_iterations(case, reference):

@@ -1,8 +1,9 @@
-"""Laws of rollout and experience: the same tokens, logits, log-probs, values and scores as the reference under every layout."""
+"""Laws of rollout and experience: tokens, logits, log-probs, values and scores are the reference's under every layout."""
 
 from collections.abc import Sequence
 
 import torch
+
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import (
     BOUNDS,
@@ -28,7 +29,9 @@ def _cut(case: Case, rank: int, name: str, truth: torch.Tensor) -> torch.Tensor:
     return rows[..., first : first + width]
 
 
-def _compare_rows(case: Case, ranks: Sequence[Observation], reference: Observation, i: int, names: Sequence[str]) -> Finding | None:
+def _compare_rows(
+    case: Case, ranks: Sequence[Observation], reference: Observation, i: int, names: Sequence[str]
+) -> Finding | None:
     base = BOUNDS[case.precision]["clipped" if i > 0 and case.ppo.max_norm else "forward"]
     for name in names:
         key = f"{i}/{name}"
@@ -114,7 +117,9 @@ def ratio_is_one_before_the_first_step(case: Case, ranks: Sequence[Observation],
             kl, clipped = (rank.numbers[f"{i}/0/{name}"] for name in ("approx_kl", "clip_fraction"))
             if abs(kl) > _one(case) or clipped != 0:
                 numbers = "KL 0, clip fraction 0", f"KL {kl:.3g}, clip fraction {clipped:.3g}"
-                said = Finding(f"rank {rank.rank}, step {i}/0", *numbers, "the first step reports a policy that has moved")
+                said = Finding(
+                    f"rank {rank.rank}, step {i}/0", *numbers, "the first step reports a policy that has moved"
+                )
                 raise Violation(case, "ratio is one before the first step", *said)
         judged += 1
     return judged

@@ -1,4 +1,4 @@
-"""Laws of liveness: every rank ends the case within its deadline. What ranks saw on the way to a death is not judged further."""
+"""Laws of liveness: every rank ends the case within its deadline. Nothing that ranks saw on the way to a death is judged."""
 
 from collections.abc import Sequence
 

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
+
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import STATES, TRAINED, Finding, iterations, steps, updated
 from toy_models import weights
@@ -32,7 +33,7 @@ def _unlike_replica(ranks: Sequence[Observation], members: Sequence[int], key: s
 
 
 def replicas_are_bitwise_identical(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
-    """Ranks that hold the same slice of a tensor hold the same bits: gradients, weights and optimizer state, at every step."""
+    """Ranks that hold the same slice hold the same bits: gradients, weights and optimizer state, at every step."""
     judged = 0
     for step in steps(case):
         for role in TRAINED:
@@ -45,9 +46,7 @@ def replicas_are_bitwise_identical(case: Case, ranks: Sequence[Observation], ref
     return judged
 
 
-def rows_are_the_same_on_model_parallel_ranks(
-    case: Case, ranks: Sequence[Observation], reference: Observation
-) -> int:
+def rows_are_the_same_on_model_parallel_ranks(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
     """Ranks of one DP coordinate hold bitwise the same tokens, log-probs, values, advantages and returns."""
     judged, names = 0, ("tokens", "mask", "old_logp", "ref_logp", "values", "scores", "advantages", "returns")
     for rank in ranks:
@@ -85,9 +84,7 @@ def forward_passes_change_nothing(case: Case, ranks: Sequence[Observation], refe
     return len(iterations(case))
 
 
-def reference_and_reward_models_never_change(
-    case: Case, ranks: Sequence[Observation], reference: Observation
-) -> int:
+def reference_and_reward_models_never_change(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
     """Updates leave the reference and reward models as they were, bit by bit."""
     for i in updated(case):
         for rank in ranks:

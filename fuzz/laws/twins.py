@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import BOUNDS, Finding, bound_of, differs
 

@@ -1,9 +1,10 @@
-"""Laws of the update: gradients, their norm, what the optimizer does with them, weights after it, and the reported metrics."""
+"""Laws of the update: gradients, their norm, what the optimizer does with them, weights after it, reported metrics."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import (
     BOUNDS,
@@ -76,7 +77,7 @@ def gradient_norm_is_that_of_the_observed_gradients(
 
 
 def gradient_norm_matches_the_reference(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
-    """The reported norm, and so the clip coefficient min(1, max_norm/(norm + 1e-6)), is the reference's on every rank."""
+    """The reported norm, and so the clip coefficient, is the reference's on every rank."""
     base, judged = BOUNDS[case.precision]["norm"], 0
     for step in certain_steps(case, reference):
         for role in TRAINED:
@@ -140,7 +141,9 @@ def _misstepped(case: Case, rank: Observation, role: str, number: int) -> Findin
     step, held = steps(case)[number], weights.held(case.model, case.layout, role, rank.rank)
     before, lr = _before(case, rank, role, held, number), case.ppo.lr if role == "actor" else case.ppo.critic_lr
     gradients = [rank.tensors[f"{step.key}/{role}/grad/{name}"] for name in held]
-    wd = _flat(torch.full_like(g, case.ppo.weight_decay * _decays(n, g.shape)) for n, g in zip(held, gradients, strict=True))
+    wd = _flat(
+        torch.full_like(g, case.ppo.weight_decay * _decays(n, g.shape)) for n, g in zip(held, gradients, strict=True)
+    )
     norm = rank.numbers[f"{step.key}/{role}_norm"]
     g = _flat(gradients) * _coefficient(case, norm)
     rule = _adam if case.ppo.optimizer == "adam" else _sgd
@@ -165,7 +168,7 @@ def _owner(held: Mapping, gradients: Sequence[torch.Tensor], found: Finding) -> 
 
 
 def the_optimizer_does_its_formula(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
-    """From observed weights, moments, gradients and norm: AdamW (or SGD), with decay of matrices only, gives what was observed after."""
+    """AdamW (or SGD), decaying matrices only, leads from the observed weights, moments, gradients and norm to those after."""
     for number in range(len(steps(case))):
         for role in TRAINED:
             for rank in ranks:
@@ -175,9 +178,7 @@ def the_optimizer_does_its_formula(case: Case, ranks: Sequence[Observation], ref
     return len(steps(case))
 
 
-def weights_and_moments_match_the_reference(
-    case: Case, ranks: Sequence[Observation], reference: Observation
-) -> int:
+def weights_and_moments_match_the_reference(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
     """Weights and optimizer state after each step are those of the one-process reference."""
     judged = 0
     for step in certain_steps(case, reference):
@@ -229,7 +230,7 @@ def metrics_match_the_reference(case: Case, ranks: Sequence[Observation], refere
 
 
 def later_mini_batches_move(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
-    """After the first step the new log-probs are those of the moved policy, as in the reference; and they have moved."""
+    """After the first step the new log-probs are those of the moved policy, as in the reference."""
     judged = 0
     for step in certain_steps(case, reference):
         if step.step == 0:

@@ -47,7 +47,7 @@ def _mark(parallel: Any) -> None:
 
 
 def shards_marked_without_initialization() -> None:
-    """perform_initialization=False: sharded weights are marked tensor_model_parallel all the same, so that norms count them.
+    """perform_initialization=False: sharded weights are marked all the same, so that gradient norms count them.
 
     Not known upstream; `_initialize_affine_weight_gpu` is the only place that sets the mark.
     """
