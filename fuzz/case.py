@@ -145,4 +145,4 @@ class Violation(AssertionError):
 
 
 class HarnessFault(BaseException):
-    """A fault of ours: neither a finding nor a pass. A BaseException, so that Hypothesis neither shrinks nor replays it."""
+    """A fault of ours, neither a finding nor a pass; a BaseException, so that Hypothesis does not shrink it."""

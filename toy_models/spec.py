@@ -116,7 +116,7 @@ class MoEModel:
     heads: int = 1
     kv_heads: int = 1
     head_dim: int = 4
-    ffn: int = 4
+    ffn: int = 2
     shared_ffn: int = 0
     vocab: int = 8
     tied: bool = False
@@ -195,8 +195,8 @@ class PPO:
     entropy_coef: float = 0.0
     whiten: bool = False
     optimizer: str = "sgd"
-    lr: float = 0.01
-    critic_lr: float = 0.01
+    lr: float = 0.1
+    critic_lr: float = 0.1
     weight_decay: float = 0.0
     momentum: float = 0.0
     beta1: float = 0.9

@@ -1,4 +1,4 @@
-"""Laws of rollout and experience: tokens, logits, log-probs, values and scores are the reference's under every layout."""
+"""Laws of rollout and experience: tokens, logits, log-probs, values and scores are those of the reference."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Laws of liveness: every rank ends the case within its deadline. Nothing that ranks saw on the way to a death is judged."""
+"""Laws of liveness: every rank ends the case within its deadline; else nothing more is judged."""
 
 from collections.abc import Sequence
 

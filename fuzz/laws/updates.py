@@ -168,7 +168,7 @@ def _owner(held: Mapping, gradients: Sequence[torch.Tensor], found: Finding) -> 
 
 
 def the_optimizer_does_its_formula(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
-    """AdamW (or SGD), decaying matrices only, leads from the observed weights, moments, gradients and norm to those after."""
+    """AdamW or SGD, decaying matrices only, leads from observed weights, moments, gradients and norm to those after."""
     for number in range(len(steps(case))):
         for role in TRAINED:
             for rank in ranks:

@@ -1,0 +1,77 @@
+"""Bugs of released megatron-core that this suite meets and steps around: which cases, which law, how it is mended.
+
+Each entry carries a mend, applied in every rank where the bug lives, so that all laws are judged in its region too; on
+stock megatron-core its example must break its law (`test_known_bugs_still_live`). Knows cases; no torch, no ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+from fuzz.case import Case
+from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
+
+SUPPORTED = ("0.16.1", "0.19.2")
+
+
+@dataclass(frozen=True)
+class Known:
+    """One bug: `lives` are the supported versions that have it, `covers` tells whether a case meets it."""
+
+    id: str
+    upstream: str
+    lives: tuple[str, ...]
+    covers: Callable[[Case], bool]
+    law: str
+    mend: str
+    example: Case
+
+
+KNOWN = (
+    Known(
+        id="expert-gradients-over-dense-dp",
+        upstream="NVIDIA/Megatron-LM#5916, commit cd4afffa64",
+        lives=("0.16.1", "0.19.2"),
+        # With EP=1 the experts count as dense parameters; where ETP is not TP they live on other replicas.
+        covers=lambda case: case.layout.ep == 1 and case.layout.etp != case.layout.tp,
+        law="gradients match the reference",
+        mend="toy_models.planted.mends:expert_gradients_over_expert_dp",
+        example=Case(layout=Layout(world=2, etp=2), batch=Batch(rows=2)),
+    ),
+    Known(
+        id="norm-of-uninitialized-shards",
+        upstream="not known upstream; docs/findings/norm-of-uninitialized-shards.md",
+        lives=("0.16.1", "0.19.2"),
+        # Only the weight initialisers mark a shard as tensor parallel, and the norm counts no other shard of TP rank 1.
+        covers=lambda case: not case.switches.perform_initialization and max(case.layout.tp, case.layout.etp) > 1,
+        law="gradient norm is that of the observed gradients",
+        mend="toy_models.planted.mends:shards_marked_without_initialization",
+        example=Case(
+            layout=Layout(world=2, tp=2, ep=2),
+            model=MoEModel(heads=2, kv_heads=2),
+            ppo=PPO(),
+            switches=Switches(perform_initialization=False),
+        ),
+    ),
+)
+
+
+def version() -> str:
+    """The installed megatron-core."""
+    return metadata.version("megatron-core")
+
+
+def living() -> tuple[Known, ...]:
+    """The known bugs of the installed megatron-core; of an unsupported one, those of the newest supported."""
+    here = version() if version() in SUPPORTED else SUPPORTED[-1]
+    return tuple(bug for bug in KNOWN if here in bug.lives)
+
+
+def mends() -> tuple[str, ...]:
+    """What to apply in every rank so that the living known bugs hide nothing."""
+    return tuple(bug.mend for bug in living())
+
+
+def met(case: Case) -> tuple[str, ...]:
+    """The ids of the living known bugs whose region a case lies in."""
+    return tuple(bug.id for bug in living() if bug.covers(case))

@@ -1,0 +1,224 @@
+"""Strategies that draw cases: valid by construction, simplest first. Knows Hypothesis and the parts of a case only.
+
+Knobs are keyword-only: None lets Hypothesis choose, a value pins. Hypothesis prefers fewer choices to smaller ones, so
+every case draws the same number of choices, in the order in which it should shrink: world, layout, experts, top-k,
+layers, tokens, steps, switches, everything else. What is off is drawn too, and ignored.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+from hypothesis import strategies as st
+
+from fuzz.case import Case
+from toy_models.spec import PPO, RAGGEDNESS, Batch, Layout, MoEModel, Switches
+
+T = TypeVar("T")
+Draw = Callable[[st.SearchStrategy], Any]
+
+WORLDS = (1, 2, 4, 8)
+DEGREES = (1, 2, 4, 8)
+BUSY = 3  # steps between a case with no option on and one with most of them
+
+
+def worlds(max_ranks: int) -> list[int]:
+    """The world sizes that are drawn, at most `max_ranks`."""
+    return [world for world in WORLDS if world <= max_ranks]
+
+
+@cache
+def all_layouts(world: int) -> tuple[Layout, ...]:
+    """Every layout of a world with power-of-two degrees, simplest first: few degrees above one, small, EP before TP."""
+    found = []
+    for ep, etp, tp in itertools.product(DEGREES, repeat=3):
+        if world % tp == 0 and world % (ep * etp) == 0:
+            found.append(Layout(world=world, tp=tp, ep=ep, etp=etp))
+    return tuple(sorted(found, key=_complexity))
+
+
+def _complexity(layout: Layout) -> tuple:
+    degrees = (layout.ep, layout.etp, layout.tp)
+    return sum(degree > 1 for degree in degrees), layout.ep * layout.etp * layout.tp, degrees
+
+
+def _pinned(layout_pins: dict[str, int | None]) -> dict[str, int]:
+    return {name: value for name, value in layout_pins.items() if value is not None}
+
+
+def _fitting(world: int, pins: dict[str, int]) -> list[Layout]:
+    return [x for x in all_layouts(world) if all(getattr(x, name) == value for name, value in pins.items())]
+
+
+def layouts(*, max_ranks: int = 4, world: int | None = None, **degrees: int | None) -> st.SearchStrategy[Layout]:
+    """Layouts of 1 to `max_ranks` ranks; `tp`, `ep`, `etp`, `dp`, `edp` pin degrees. ValueError where no layout fits.
+
+    Shrinks towards one rank, and within a world towards few and small degrees. Draws two choices.
+    """
+    pins = _pinned(degrees)
+    _check_pins(pins)
+    tried = worlds(max_ranks) if world is None else [world]
+    fitting = {size: found for size in tried if (found := _fitting(size, pins))}
+    if not fitting:
+        raise ValueError(_nothing_fits(tried, world, pins))
+    return _layouts(fitting)
+
+
+def _check_pins(pins: dict[str, int]) -> None:
+    known = ("tp", "ep", "etp", "dp", "edp")
+    unknown = sorted(set(pins) - set(known))
+    if unknown:
+        raise ValueError(f"cannot pin {', '.join(unknown)}; layouts can be pinned by world, {', '.join(known)}")
+
+
+def _nothing_fits(tried: Sequence[int], world: int | None, pins: dict[str, int]) -> str:
+    asked = ", ".join(f"{name}={value}" for name, value in {**pins, "world": world}.items() if value is not None)
+    degrees = {name: sorted({getattr(x, name) for size in tried for x in all_layouts(size)}) for name in pins}
+    possible = "; ".join(f"{name} can be {', '.join(map(str, values))}" for name, values in degrees.items() if values)
+    where = f"worlds of {', '.join(map(str, tried))} ranks" if tried else "no world"
+    return f"no layout has {asked or 'these pins'} in {where}; {possible or 'worlds are powers of two'}"
+
+
+@st.composite
+def _layouts(draw: Draw, fitting: dict[int, list[Layout]]) -> Layout:
+    # Larger worlds have more layouts: each counts as often as its place in the list.
+    bag = [size for place, size in enumerate(fitting, 1) for _ in range(place)]
+    choices = fitting[draw(st.sampled_from(bag))]
+    return choices[draw(st.integers(0, len(choices) - 1))]
+
+
+def _option(draw: Draw, busy: int) -> bool:
+    """Whether an option is on: never in the least busy case, three times in four in the busiest."""
+    return draw(st.integers(0, BUSY)) > BUSY - busy
+
+
+def _switched(draw: Draw, busy: int, off: T, on: Sequence[T]) -> T:
+    """`off`, or one of `on`; two choices either way."""
+    active, value = _option(draw, busy), draw(st.sampled_from(on))
+    return value if active else off
+
+
+@st.composite
+def cases(
+    draw: Draw,
+    *,
+    max_ranks: int = 4,
+    world: int | None = None,
+    tp: int | None = None,
+    ep: int | None = None,
+    etp: int | None = None,
+    family: str | None = None,
+    precision: str | None = None,
+    twin: str | None = None,
+    dispatcher: str | None = None,
+) -> Case:
+    """Whole cases. Shrinks towards one rank, one layer, two experts, one row of one prompt and one response token."""
+    layout = draw(layouts(max_ranks=max_ranks, world=world, tp=tp, ep=ep, etp=etp))
+    sizes = _sizes(draw, layout)
+    shape = _shape(draw)
+    busy = draw(st.integers(0, BUSY))
+    switches = _switches(draw, busy, dispatcher)
+    model = _model(draw, busy, layout, sizes, family)
+    batch = _batch(draw, busy, layout, shape)
+    ppo = _ppo(draw, busy, shape)
+    drawn_precision = draw(st.sampled_from(("float64", "float64", "float64", "float32")))
+    drawn_twin = draw(st.sampled_from((None,) * 6 + ("again", "other_dispatcher")))
+    return Case(
+        layout=layout,
+        model=model,
+        batch=batch,
+        ppo=ppo,
+        switches=switches,
+        precision=precision or drawn_precision,
+        twin=twin or drawn_twin,
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def _sizes(draw: Draw, layout: Layout) -> dict[str, int]:
+    """Experts (odd numbers too), top-k of 1 to 4, layers."""
+    more = draw(st.integers(0, 3))
+    experts = 2 + more if layout.ep == 1 else layout.ep * (1 + more)
+    top_k = 1 + min(draw(st.integers(0, 3)), experts - 1)
+    return {"experts": experts, "top_k": top_k, "layers": draw(st.integers(1, 2))}
+
+
+def _shape(draw: Draw) -> dict[str, int]:
+    """Rows per micro-batch, micro-batches per rank and mini-batch, lengths, optimizer steps (at most four)."""
+    names = {"micro_rows": 2, "micro_batches": 3, "prompt": 6, "response": 5}
+    shape = {name: draw(st.integers(1, most)) for name, most in names.items()}
+    shape["mini_batches"] = draw(st.sampled_from((1, 2, 2, 3)))
+    epochs = draw(st.sampled_from((1, 1, 1, 2)))
+    return shape | {"epochs": epochs if shape["mini_batches"] < 3 else 1}
+
+
+def _switches(draw: Draw, busy: int, dispatcher: str | None) -> Switches:
+    drawn = draw(st.sampled_from(("alltoall", "alltoall", "allgather")))
+    return Switches(dispatcher=dispatcher or drawn, perform_initialization=not _option(draw, busy))
+
+
+def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family: str | None) -> MoEModel:
+    possible = ("qwen3moe", "qwen2moe", "mixtral")[: 3 if sizes["top_k"] > 1 else 2]
+    drawn = draw(st.sampled_from(possible))
+    chosen = family or drawn
+    if chosen == "mixtral":
+        sizes = sizes | {"top_k": max(2, sizes["top_k"])}
+    normalised = draw(st.booleans())
+    kv_heads = layout.tp * draw(st.integers(1, 2))
+    heads = kv_heads * draw(st.integers(1, 2))
+    shared = layout.tp * draw(st.integers(2, 4))
+    return MoEModel(
+        family=chosen,
+        **sizes,
+        norm_topk_prob=chosen == "mixtral" or (normalised and sizes["top_k"] > 1),
+        hidden=8 if chosen == "qwen3moe" else heads * 4,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=4,
+        ffn=layout.etp * draw(st.integers(2, 4)),
+        shared_ffn=shared if chosen == "qwen2moe" else 0,
+        vocab=layout.tp * draw(st.integers(-(-8 // layout.tp), 16 // layout.tp)),
+        tied=_option(draw, busy),
+        skew=_switched(draw, busy, 0.0, (1.0, 4.0, 2.0)),
+        aux_loss=_switched(draw, busy, 0.0, (1.0, 0.3, 7.0)),
+        z_loss=_switched(draw, busy, 0.0, (0.1, 0.03, 1.0)),
+    )
+
+
+def _batch(draw: Draw, busy: int, layout: Layout, shape: dict[str, int]) -> Batch:
+    return Batch(
+        rows=shape["mini_batches"] * layout.dp * shape["micro_rows"] * shape["micro_batches"],
+        prompt=shape["prompt"],
+        response=shape["response"],
+        micro_rows=shape["micro_rows"],
+        raggedness=draw(st.sampled_from(RAGGEDNESS)),
+        holes=_option(draw, busy),
+        pad_is_eos=_option(draw, busy),
+    )
+
+
+def _ppo(draw: Draw, busy: int, shape: dict[str, int]) -> PPO:
+    optimizer = draw(st.sampled_from(("sgd", "adam")))
+    rates = [draw(st.sampled_from((0.1, 0.03, 0.3))) for _ in range(2)]
+    factor = 1.0 if optimizer == "sgd" else 0.3
+    momentum = _switched(draw, busy, 0.0, (0.9, 0.5))
+    return PPO(
+        epochs=shape["epochs"],
+        mini_batches=shape["mini_batches"],
+        temperature=_switched(draw, busy, 1.0, (0.7, 1.6)),
+        gamma=_switched(draw, busy, 1.0, (0.9, 0.5)),
+        lam=_switched(draw, busy, 1.0, (0.95, 0.6, 0.0)),
+        kl_coef=_switched(draw, busy, 0.0, (0.1, 1.0)),
+        clip_eps=draw(st.sampled_from((0.2, 0.05, 0.01))),
+        value_clip=draw(st.sampled_from((0.2, 0.05, 0.01))),
+        entropy_coef=_switched(draw, busy, 0.0, (0.1, 1.0)),
+        whiten=_option(draw, busy),
+        optimizer=optimizer,
+        lr=rates[0] * factor,
+        critic_lr=rates[1] * factor,
+        weight_decay=_switched(draw, busy, 0.0, (0.1, 1.0)),
+        momentum=momentum if optimizer == "sgd" else 0.0,
+        eps=draw(st.sampled_from((1e-8, 1e-4, 1e-2))),
+        max_norm=draw(st.sampled_from((0.0, 0.3, 1.0, 0.05, 0.0, 30.0))),
+    )

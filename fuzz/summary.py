@@ -1,0 +1,102 @@
+"""Counts what the judged cases covered, per pytest item, and writes the table at the end of a run.
+
+A tally is plain data, which travels from pytest-xdist's workers in a report; tallies add up. Knows no pytest.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from fuzz import known, laws
+from fuzz.strategies import all_layouts
+from fuzz.trial import Verdict
+
+MOST_INCONCLUSIVE = 0.02  # of the cases
+FEW = 100  # below this many cases a share of two in a hundred says nothing
+
+Tally = dict[str, dict[str, float]]
+
+
+def count(tally: Tally, verdict: Verdict) -> None:
+    """Add one verdict to a tally, in place."""
+    case = verdict.case
+    _add(tally, "worlds", {str(case.layout.world): 1})
+    _add(tally, "layouts", {_name(case): 1})
+    _add(tally, "precision", {case.precision: 1})
+    _add(tally, "fired", {law: n > 0 for law, n in verdict.counts.items()})
+    _add(tally, "vacuous", {law: n == 0 for law, n in verdict.counts.items()})
+    _add(tally, "known", dict.fromkeys(known.met(case), 1))
+    _add(tally, "inconclusive", dict.fromkeys(verdict.doubts, 1))
+    _add(tally, "cases", {"all": 1, "inconclusive": bool(verdict.doubts), "ill": verdict.ill_conditioned})
+    _add(tally, "shapes", {name: value > 0 for name, value in verdict.facts.items()})
+
+
+def _name(case: Any) -> str:
+    layout = case.layout
+    return f"{layout.world}: tp{layout.tp} ep{layout.ep} etp{layout.etp}"
+
+
+def _add(tally: Tally, kind: str, numbers: Mapping[str, float]) -> None:
+    table = tally.setdefault(kind, {})
+    for name, number in numbers.items():
+        table[name] = table.get(name, 0) + int(number)
+
+
+def total(tallies: Iterable[Tally]) -> Tally:
+    """The sum of tallies."""
+    whole: Tally = {}
+    for tally in tallies:
+        for kind, numbers in tally.items():
+            _add(whole, kind, numbers)
+    return whole
+
+
+def too_doubtful(tally: Tally) -> str | None:
+    """Why a run fails though no law was broken: too many cases that could not be judged, or only loosely."""
+    cases = tally.get("cases", {})
+    number = cases.get("all", 0)
+    for kind, words in (("inconclusive", "could not be judged in full"), ("ill", "were ill-conditioned")):
+        share = cases.get(kind, 0) / max(number, 1)
+        if number >= FEW and share > MOST_INCONCLUSIVE:
+            return (
+                f"{cases[kind]:.0f} of {number:.0f} cases ({share:.1%}) {words}; at most {MOST_INCONCLUSIVE:.0%} may be"
+            )
+    return None
+
+
+def write(tally: Tally, console: Console) -> None:
+    """The summary: cases, layouts, laws fired and vacuous, known bugs met, what was inconclusive and why."""
+    if tally.get("cases"):
+        console.print(Group(_cases(tally), _laws(tally)))
+
+
+def _cases(tally: Tally) -> Table:
+    table = Table(title="ep-ppo-fuzz: what was covered", title_justify="left", show_header=False)
+    cases, worlds = tally["cases"], tally["worlds"]
+    number = cases["all"]
+    table.add_row("cases", f"{number} ({_listed({f'{w} ranks': n for w, n in sorted(worlds.items())})})")
+    possible = sum(len(all_layouts(int(world))) for world in worlds)
+    table.add_row("layouts", f"{len(tally['layouts'])} of {possible} in these worlds")
+    table.add_row("precision", _listed(tally["precision"]))
+    shapes = {name.replace("_", " "): f"{n} ({n / number:.0%})" for name, n in tally["shapes"].items()}
+    table.add_row("cases with", _listed(shapes))
+    table.add_row("known bugs met", _listed(tally["known"]) or "none")
+    table.add_row("inconclusive", f"{cases['inconclusive']}: {_listed(tally['inconclusive']) or 'none'}")
+    table.add_row("ill-conditioned", f"{cases['ill']}")
+    return table
+
+
+def _listed(numbers: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in numbers.items())
+
+
+def _laws(tally: Tally) -> Table:
+    table = Table("law", "fired", "vacuous", title="cases in which a law had something to check", title_justify="left")
+    fired, vacuous = Counter(tally["fired"]), Counter(tally["vacuous"])
+    for law in laws.NAMES:
+        style = "yellow" if not fired[law] else ""
+        table.add_row(law.replace("_", " "), str(fired[law]), str(vacuous[law]), style=style)
+    return table
