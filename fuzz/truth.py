@@ -27,23 +27,28 @@ def run(progress: Callable[[str], None], case: Case) -> dict[str, Any]:
 
 
 def movement(progress: Callable[[str], None], case: Case) -> dict[str, Any]:
-    """Numbers `moved/KEY`: the greatest change of each tensor when every weight moves by one unit in the last place.
+    """Numbers `moved/KEY`: how far each tensor moves when everything moves by one unit in the last place.
 
-    The rollouts keep their tokens.
+    The greatest of three: every weight moved up or down, the same turned around, and the reference itself computed in
+    float32 (for float64 scaled by the ratio of the units), which moves intermediate results too, so that it sees
+    cancellation that weights alone do not. The rollouts keep their tokens.
     """
     progress("movement")
-    base = _run(case)
+    base, ulp = _run(case), ULP[case.precision]
     rollouts = [[base["tensors"][f"{i}/{name}"] for i in _iterations(base)] for name in ("tokens", "mask")]
-    moved = reference.run(case, ULP[case.precision], *rollouts)
-    return {"numbers": _moved(base["tensors"], moved["tensors"]) | _moved(base["numbers"], moved["numbers"])}
+    runs = [(reference.run(case, sign * ulp, *rollouts), 1.0) for sign in (1, -1)]
+    runs.append((reference.run(case, 0.0, *rollouts, dtype=torch.float32), ulp / ULP["float32"]))
+    gaps = [{key: gap * share for key, gap in _gaps(base, moved).items()} for moved, share in runs]
+    return {"numbers": {f"moved/{key}": max(gap[key] for gap in gaps) for key in gaps[0]}}
 
 
 def _iterations(base: Mapping[str, Any]) -> range:
     return range(sum(key.endswith("/tokens") for key in base["tensors"]))
 
 
-def _moved(base: Mapping[str, Any], nudged: Mapping[str, Any]) -> dict[str, float]:
-    return {f"moved/{key}": _gap(value, nudged[key]) for key, value in base.items() if "/margin" not in key}
+def _gaps(base: Mapping[str, Any], nudged: Mapping[str, Any]) -> dict[str, float]:
+    pairs = [(k, v, nudged[kind][k]) for kind in ("tensors", "numbers") for k, v in base[kind].items()]
+    return {key: _gap(before, after) for key, before, after in pairs if "/margin" not in key}
 
 
 def _gap(before: Any, after: Any) -> float:

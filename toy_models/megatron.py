@@ -19,6 +19,7 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -220,6 +221,7 @@ class Role:
     rank: int
     module: torch.nn.Module
     optimizer: MegatronOptimizer | None = None
+    scheduler: OptimizerParamScheduler | None = None
 
     @property
     def config(self) -> TransformerConfig:
@@ -283,6 +285,24 @@ def _optimizer(role: str, module: torch.nn.Module, ppo: PPO, precision: str) -> 
     return get_megatron_optimizer(config, [module], use_gloo_process_groups=False)
 
 
+def _scheduler(optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Constant rates. Needed all the same: only the scheduler applies megatron's wd_mult, 0 for vectors and biases."""
+    config = optimizer.config
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=config.lr,
+        max_lr=config.lr,
+        min_lr=config.lr,
+        lr_warmup_steps=0,
+        lr_decay_steps=1,
+        lr_decay_style="constant",
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+
+
 def make_role(case: Any, name: str) -> Role:
     """Build, load and, for actor and critic, wrap in DDP with an optimizer; `case` has the parts of `spec`."""
     config = transformer_config(case.model, case.layout, case.switches, case.precision)
@@ -293,6 +313,7 @@ def make_role(case: Any, name: str) -> Role:
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
         role.module = DistributedDataParallel(config, ddp, gpt)
         role.optimizer = _optimizer(name, role.module, case.ppo, case.precision)
+        role.scheduler = _scheduler(role.optimizer)
         config.no_sync_func = role.module.no_sync
     else:
         gpt.requires_grad_(False)

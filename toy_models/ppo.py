@@ -309,7 +309,7 @@ def _train(
     case: Any, role: Role, experience: Experience, rows: Sequence[Sequence[int]], watch: Watch, step: int
 ) -> dict:
     """One optimizer step of one role on one mini-batch; its metrics. `watch` sees gradients, then what the step did."""
-    assert role.optimizer
+    assert role.optimizer and role.scheduler
     batches = [experience.rollout.take(micro) for micro in rows]
     tokens = _global_sum(torch.cat([batch.mask_RT for batch in batches]).to(experience.values.dtype))
     # The schedule divides by the number of micro-batches and DDP averages over DP; the loss is per token of both.
@@ -321,6 +321,7 @@ def _train(
     reports = _schedule(role, batches, loss, forward_only=False)
     watch("gradients", role, step, {})
     _, norm, _ = role.optimizer.step()
+    role.scheduler.step(1)
     metrics = _metrics(reports, tokens) | {f"{role.name}_norm": float(norm)}
     watch("stepped", role, step, metrics | {"reports": reports})  # type: ignore[dict-item]
     return metrics

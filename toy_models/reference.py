@@ -52,14 +52,16 @@ def run(
     nudge: float = 0.0,
     tokens: Sequence[torch.Tensor] | None = None,
     mask: Sequence[torch.Tensor] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, dict[str, Any]]:
     """Run `case.program`; {"tensors", "numbers", "facts"} under the keys of `docs/ppo.md`.
 
     `nudge` multiplies every initial weight by 1 + nudge or 1 - nudge. `tokens` [R, P + J] and `mask` [R, J],
     one of each per iteration, force the rollouts, so that a nudged run keeps the tokens of the first.
+    `dtype` float32 is for measuring rounding only.
     """
     with keep_float64():
-        now, experience, iteration = _start(case, nudge), None, -1
+        now, experience, iteration = _start(case, nudge, dtype), None, -1
         for operation in case.program:
             name = type(operation).__name__
             if name == "Rollout":
@@ -73,8 +75,8 @@ def run(
     return {"tensors": now.tensors, "numbers": now.numbers, "facts": now.facts}
 
 
-def _start(case: Any, nudge: float) -> Run:
-    state = {role: initial(case.model, role, case.seed, case.precision, nudge) for role in ROLES}
+def _start(case: Any, nudge: float, dtype: torch.dtype) -> Run:
+    state = {role: initial(case.model, role, case.seed, case.precision, nudge, dtype) for role in ROLES}
     rates = {"actor": case.ppo.lr, "critic": case.ppo.critic_lr}
     trained = {role: Trained(state.pop(role), rate) for role, rate in rates.items()}
     return Run(case, state, trained, {}, {}, {})

@@ -73,14 +73,16 @@ def _nudged(tensor: torch.Tensor, nudge: float, *key: int | str) -> torch.Tensor
     return tensor * (1 + nudge * signs)
 
 
-def initial(model: MoEModel, role: str, seed: int, precision: str, nudge: float = 0.0) -> Tensors:
+def initial(
+    model: MoEModel, role: str, seed: int, precision: str, nudge: float = 0.0, dtype: torch.dtype = torch.float64
+) -> Tensors:
     """Weights before training, rounded as the system's are; each times 1 + nudge or 1 - nudge, signs keyed."""
-    canonical = weights.canonical(model, role, seed)
+    canonical = dict(weights.canonical(model, role, seed))
     if precision == "float32":
         canonical = {name: w.float().double() for name, w in canonical.items()}
     if nudge:
         canonical = {name: _nudged(w, nudge, seed, role, name) for name, w in canonical.items()}
-    return families.to_hf(model, canonical)
+    return families.to_hf(model, {name: w.to(dtype) for name, w in canonical.items()})
 
 
 def routing_gap(model: MoEModel, *passes: Pass) -> float:

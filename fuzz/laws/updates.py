@@ -8,6 +8,7 @@ import torch
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import (
     BOUNDS,
+    ROUNDING,
     STATES,
     TRAINED,
     Finding,
@@ -24,10 +25,23 @@ from toy_models import weights
 METRICS = ("policy_loss", "entropy", "approx_kl", "clip_fraction", "value_loss", "value_clip_fraction")
 
 
-def _base(case: Case, step: Step, kind: str) -> float:
-    """The bound of a kind, or that of everything that follows a clipped step."""
-    moved = step.iteration + step.step > 0 or kind == "weight"
-    return BOUNDS[case.precision]["clipped" if case.ppo.max_norm and moved else "gradient"]
+def _base(case: Case, reference: Observation, step: Step, kind: str) -> float:
+    """The bound of a kind before conditioning: looser after a clipped step, and by what Adam makes of rounding."""
+    after = kind in ("weight", *_states(case))
+    clipped = case.ppo.max_norm and (after or step.iteration + step.step > 0)
+    base = BOUNDS[case.precision]["clipped" if clipped else "gradient"]
+    # A square doubles the relative error of what is squared.
+    return max(base * (2 if kind == "exp_avg_sq" else 1), _adam_noise(case, reference, step, after))
+
+
+def _adam_noise(case: Case, reference: Observation, step: Step, after: bool) -> float:
+    """How far Adam moves a weight on a gradient that is nothing but rounding: lr·rounding/eps per step, at most lr."""
+    if case.ppo.optimizer != "adam":
+        return 0.0
+    before = [s for s in steps(case) if s < step or (after and s == step)]
+    keys = [f"{s.key}/{role}_norm" for s in before for role in TRAINED]
+    rounding = [ROUNDING[case.precision] * reference.numbers[key] for key in keys]
+    return sum(max(case.ppo.lr, case.ppo.critic_lr) * min(1.0, r / case.ppo.eps) for r in rounding)
 
 
 def gradients_match_the_reference(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
@@ -36,7 +50,7 @@ def gradients_match_the_reference(case: Case, ranks: Sequence[Observation], refe
     for step in certain_steps(case, reference):
         for role in TRAINED:
             prefix = f"{step.key}/{role}/grad"
-            found = compare_pieces(case, ranks, reference, role, prefix, _base(case, step, "grad"))
+            found = compare_pieces(case, ranks, reference, role, prefix, _base(case, reference, step, "grad"))
             if found:
                 raise Violation(case, "gradients match the reference", *found)
             judged += 1
@@ -184,7 +198,7 @@ def weights_and_moments_match_the_reference(case: Case, ranks: Sequence[Observat
     for step in certain_steps(case, reference):
         for role in TRAINED:
             for kind in ("weight", *_states(case)):
-                base = _base(case, step, "weight")
+                base = _base(case, reference, step, kind)
                 found = compare_pieces(case, ranks, reference, role, f"{step.key}/{role}/{kind}", base)
                 if found:
                     raise Violation(case, "weights and moments match the reference", *found)
@@ -210,7 +224,7 @@ def _wrong_metric(case: Case, rank: Observation, reference: Observation, step: S
     key = f"{step.key}/{name}"
     due, mine = reference.numbers[key], rank.numbers[key]
     scale = max(1.0, abs(due))
-    if abs(mine - due) <= bound_of(reference, key, _base(case, step, "metric"), scale) * scale:
+    if abs(mine - due) <= bound_of(reference, key, _base(case, reference, step, "metric"), scale) * scale:
         return None
     sentence = f"{name} of step {step.key} is {mine:.12g}; over the whole mini-batch it is {due:.12g}"
     return Finding(f"rank {rank.rank}, {key}", f"{due:.12g}", f"{mine:.12g}", sentence)
@@ -235,12 +249,12 @@ def later_mini_batches_move(case: Case, ranks: Sequence[Observation], reference:
     for step in certain_steps(case, reference):
         if step.step == 0:
             continue
-        key, base = f"{step.key}/logp", _base(case, step, "logp")
+        key, base = f"{step.key}/logp", _base(case, reference, step, "logp")
         truth = reference.tensors[key]
         for rank in ranks:
             order = [row for share in _order(case, step) for row in share]
             due = truth[[order.index(row) for row in rows_in(case, rank.rank, step)]]
-            scale = float(truth.abs().max())
+            scale = max(1.0, float(truth.abs().max()))
             bound = bound_of(reference, key, base, scale)
             found = compare(key, rank.rank, rank.tensors[key], due, scale, bound)
             if found:
