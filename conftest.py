@@ -1,8 +1,10 @@
 """pytest's side: options, Hypothesis profiles, the warm pools, what a fault of ours and the end of a run look like."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,11 +46,27 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit(said, returncode=2)
 
 
+def _unwritable(folder: Path) -> OSError | None:
+    """Why nothing can be kept in a folder: Hypothesis passes over it without a word."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+    except OSError as error:
+        return error
+    return None
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     from importlib.metadata import version
 
     names = ("megatron-core", "torch", "transformers", "hypothesis")
     lines = ["ep-ppo-fuzz: " + ", ".join(f"{name} {version(name)}" for name in names)]
+    database = config.rootpath / ".hypothesis"
+    if error := _unwritable(database):
+        said = f"WARNING: failures cannot be kept in {database} ({error.strerror}); they are printed, the run goes on"
+        lines.append(said)
     if known.version() not in known.SUPPORTED:
         lines.append(f"WARNING: megatron-core {known.version()} is untested; supported: {', '.join(known.SUPPORTED)}")
     return lines
@@ -127,7 +145,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def _tally(terminalreporter: Any) -> summary.Tally:
-    reports = [r for rs in terminalreporter.stats.values() for r in rs if getattr(r, "when", "") in ("call", "setup")]
+    reports = [r for rs in terminalreporter.stats.values() for r in rs if getattr(r, "when", "") == "call"]
     return summary.total(dict(r.user_properties).get("fuzz", {}) for r in reports)
 
 

@@ -56,7 +56,7 @@ def _devices() -> None:
             kwargs["device"] = CPU
         return to(self, *args, **kwargs)
 
-    torch.Tensor.to = to_cpu  # type: ignore[method-assign]
+    torch.Tensor.to = to_cpu  # type: ignore[method-assign,assignment]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
@@ -94,7 +94,7 @@ def _type_names() -> None:
             return original(self, *args, **kwargs)
         return f"torch.cuda.{names[self.dtype]}Tensor"
 
-    torch.Tensor.type = type_  # type: ignore[method-assign]
+    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
 
 
 # ---- collectives -----------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def _exchange(sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], gr
     """`sent[i]` goes to rank i of the group, `received[i]` is filled from it."""
     into = torch.empty(sum(part.nbytes for part in received), dtype=torch.uint8)
     sizes = [[part.nbytes for part in parts] for parts in (received, sent)]
-    dist.all_to_all_single(into, _bytes(sent), *sizes, group=group)
+    dist.all_to_all_single(into, _bytes(sent), sizes[0], sizes[1], group=group)
     for part, arrived in zip(received, into.split(sizes[0]), strict=True):
         part.copy_(arrived.view(part.dtype).reshape(part.shape))
 
@@ -120,7 +120,11 @@ def _reduced(parts: torch.Tensor, op: Any) -> torch.Tensor:
     """Reduce over the first axis, one entry per rank."""
     if op == dist.ReduceOp.AVG:
         return parts.sum(0) / parts.shape[0]
-    known = {dist.ReduceOp.SUM: torch.sum, dist.ReduceOp.MAX: torch.amax, dist.ReduceOp.MIN: torch.amin}
+    known: dict[Any, Callable] = {
+        dist.ReduceOp.SUM: torch.sum,
+        dist.ReduceOp.MAX: torch.amax,
+        dist.ReduceOp.MIN: torch.amin,
+    }
     return known[op](parts, 0).to(parts.dtype)
 
 
@@ -191,9 +195,9 @@ def _collectives() -> None:
     replaced = {getattr(dist, name): ours for name, ours in COLLECTIVES.items()}
     megatron = [module for name, module in sys.modules.items() if name.startswith("megatron.")]
     for module in (dist, distributed_c10d, *megatron):
-        for name, value in list(vars(module).items()):
-            if isinstance(value, FunctionType) and value in replaced:
-                setattr(module, name, replaced[value])
+        functions = {name: value for name, value in vars(module).items() if isinstance(value, FunctionType)}
+        for name in [name for name, value in functions.items() if value in replaced]:
+            setattr(module, name, replaced[functions[name]])
 
 
 def _megatron() -> None:

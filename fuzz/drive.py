@@ -36,7 +36,7 @@ def start(rank: int, world: int, store_path: str, plants: tuple[str, ...] = ()) 
     for plant in plants:
         module, function = plant.rsplit(":", 1)
         getattr(importlib.import_module(module), function)()
-    store = dist.FileStore(store_path, world)
+    store = dist.FileStore(store_path, world)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
 
 

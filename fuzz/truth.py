@@ -35,9 +35,9 @@ def movement(progress: Callable[[str], None], case: Case) -> dict[str, Any]:
     """
     progress("movement")
     base, ulp = _run(case), ULP[case.precision]
-    rollouts = [[base["tensors"][f"{i}/{name}"] for i in _iterations(base)] for name in ("tokens", "mask")]
-    runs = [(reference.run(case, sign * ulp, *rollouts), 1.0) for sign in (1, -1)]
-    runs.append((reference.run(case, 0.0, *rollouts, dtype=torch.float32), ulp / ULP["float32"]))
+    tokens, mask = ([base["tensors"][f"{i}/{name}"] for i in _iterations(base)] for name in ("tokens", "mask"))
+    runs = [(reference.run(case, sign * ulp, tokens, mask), 1.0) for sign in (1, -1)]
+    runs.append((reference.run(case, 0.0, tokens, mask, dtype=torch.float32), ulp / ULP["float32"]))
     gaps = [{key: gap * share for key, gap in _gaps(base, moved).items()} for moved, share in runs]
     return {"numbers": {f"moved/{key}": max(gap[key] for gap in gaps) for key in gaps[0]}}
 

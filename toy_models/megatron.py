@@ -36,7 +36,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[assignment]
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class ScalarHead(torch.nn.Module):
@@ -241,7 +241,7 @@ class Role:
 
     def pieces(self, kind: str) -> dict[str, torch.Tensor]:
         """This rank's canonical pieces of every 'weight', 'grad' (reduced, before clipping) or optimizer state."""
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for name, parameter in self.parameters():
             tensor = self._tensor(parameter, kind)
             if tensor is not None:

@@ -23,7 +23,7 @@ from toy_models import spec
 from toy_models.megatron import Role
 
 Roles = Mapping[str, Role]
-Watch = Callable[[str, Role, int, Mapping[str, float]], None]
+Watch = Callable[[str, Role, int, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def _evaluate(role: Role, batches: Sequence[Rollout], read: Callable[[Rollout, t
     def reading(batch: Rollout, output: torch.Tensor) -> tuple[torch.Tensor, Any]:
         return output.new_zeros(()), read(batch, output)
 
-    role.module.eval()
+    if role.module.training:
+        role.module.eval()
     with torch.no_grad():
         return _schedule(role, batches, reading, forward_only=True)
 
@@ -240,7 +241,7 @@ def whiten(advantages_RT: torch.Tensor, mask_RT: torch.Tensor) -> torch.Tensor:
 def gather_experience(case: Any, roles: Roles, rollout: Rollout) -> Experience:
     """Log-probs, values and scores of a rollout with today's weights, all rows at once; then rewards and advantages."""
     logp = partial(token_logp, temperature=case.ppo.temperature)
-    reads = {
+    reads: dict[str, tuple[str, Callable[[Rollout, torch.Tensor], Any]]] = {
         "old_logp": ("actor", logp),
         "ref_logp": ("reference", logp),
         "values": ("critic", token_values),
@@ -315,7 +316,7 @@ def _train(
     # The schedule divides by the number of micro-batches and DDP averages over DP; the loss is per token of both.
     scale = len(batches) * parallel_state.get_data_parallel_world_size() / float(tokens)
     role.module.train()
-    role.module.zero_grad_buffer()
+    role.module.zero_grad_buffer()  # type: ignore[operator]
     role.optimizer.zero_grad()
     loss = partial(LOSSES[role.name], case, experience, scale)
     reports = _schedule(role, batches, loss, forward_only=False)
@@ -323,7 +324,7 @@ def _train(
     _, norm, _ = role.optimizer.step()
     role.scheduler.step(1)
     metrics = _metrics(reports, tokens) | {f"{role.name}_norm": float(norm)}
-    watch("stepped", role, step, metrics | {"reports": reports})  # type: ignore[dict-item]
+    watch("stepped", role, step, {**metrics, "reports": reports})
     return metrics
 
 

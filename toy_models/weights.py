@@ -26,7 +26,7 @@ def has_token_head(role: str) -> bool:
 def _attention_shapes(model: MoEModel) -> dict[str, Shape]:
     queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
     sizes = {"q": queries, "k": keys, "v": keys}
-    shapes = {f"{x}_proj.weight": (size, model.hidden) for x, size in sizes.items()}
+    shapes: dict[str, Shape] = {f"{x}_proj.weight": (size, model.hidden) for x, size in sizes.items()}
     if model.family == "qwen2moe":
         shapes |= {f"{x}_proj.bias": (size,) for x, size in sizes.items()}
     if model.family == "qwen3moe":
@@ -40,7 +40,8 @@ def _mlp_shapes(model: MoEModel, width: int) -> dict[str, Shape]:
 
 
 def _layer_shapes(model: MoEModel) -> dict[str, Shape]:
-    shapes = {"input_layernorm.weight": (model.hidden,), "post_attention_layernorm.weight": (model.hidden,)}
+    shapes: dict[str, Shape] = {"input_layernorm.weight": (model.hidden,)}
+    shapes |= {"post_attention_layernorm.weight": (model.hidden,)}
     shapes |= {f"self_attn.{name}": shape for name, shape in _attention_shapes(model).items()}
     shapes |= {"mlp.gate.weight": (model.experts, model.hidden)}
     for expert in range(model.experts):

@@ -16,10 +16,10 @@ from toy_models.spec import partition, prompt_lengths
 TRAINED = ("actor", "critic")
 STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
-# Bounds on max|a-b| / max(max|b|, s), where s is FLOOR times the median of max|b| over the tensors of the kind; measured
-# noise and reasons stand in docs/tolerances.md. A tensor that is zero in theory carries the rounding of its kind: so the
-# floor lies as far above that as the bound lies above the rounding of other tensors. 'clipped' holds for what follows a
-# clipped step, since megatron accumulates the norm in float32, 6e-8 off.
+# Bounds on max|a-b| / max(max|b|, s), where s is FLOOR times the median of max|b| over the tensors of the kind;
+# measured noise and reasons stand in docs/tolerances.md. A tensor that is zero in theory carries the rounding of its
+# kind: the floor lies as far above that as the bound lies above the rounding of other tensors. 'clipped' holds for
+# what follows a clipped step, since megatron accumulates the norm in float32, 6e-8 off.
 BOUNDS = {
     "float64": {"forward": 1e-12, "gradient": 1e-11, "clipped": 1e-6, "norm": 1e-6, "step": 1e-11},
     "float32": {"forward": 2e-5, "gradient": 2e-4, "clipped": 2e-4, "norm": 2e-4, "step": 2e-5},

@@ -136,8 +136,8 @@ def _misrouted(case: Case, rank: Observation, key: str, router: torch.Tensor) ->
     wrong = ((gates > 0) != seen["map"].bool()).any(1) & clear
     if wrong.any():
         t = int(wrong.int().argmax())
-        experts = [g.nonzero().flatten().tolist() for g in (gates[t], seen["map"][t])]
-        return Finding(f"rank {rank.rank}, {key}, token {t}", *map(str, experts), "a token goes to the wrong experts")
+        experts = str(gates[t].nonzero().flatten().tolist()), str(seen["map"][t].nonzero().flatten().tolist())
+        return Finding(f"rank {rank.rank}, {key}, token {t}", *experts, "a token goes to the wrong experts")
     return compare(f"{key}/probs", rank.rank, seen["probs"][clear], gates[clear], 1.0, bound)
 
 

@@ -26,7 +26,7 @@ def _unlike_replica(ranks: Sequence[Observation], members: Sequence[int], key: s
         if first is None or mine is None or torch.equal(first, mine):
             continue
         worst = int((first - mine).abs().flatten().argmax())
-        numbers = (f"{float(t.flatten()[worst])!r}" for t in (first, mine))
+        numbers = repr(float(first.flatten()[worst])), repr(float(mine.flatten()[worst]))
         said = f"ranks {members[0]} and {member} hold the same slice of {key} and differ"
         return Finding(f"ranks {members[0]} and {member}, {key}, flat element {worst}", *numbers, said)
     return None

@@ -18,7 +18,7 @@ def _unequal(mine: Observation, other: Observation) -> Finding | None:
     for key, tensor in mine.tensors.items():
         if not torch.equal(tensor, other.tensors[key]):
             worst = int((tensor.double() - other.tensors[key].double()).abs().flatten().argmax())
-            numbers = tuple(repr(float(t.flatten()[worst])) for t in (tensor, other.tensors[key]))
+            numbers = repr(float(tensor.flatten()[worst])), repr(float(other.tensors[key].flatten()[worst]))
             witness = f"rank {mine.rank}, {key}, flat element {worst}"
             return Finding(witness, *numbers, f"{key} differs between two runs of one case")
     return None
