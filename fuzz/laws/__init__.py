@@ -53,8 +53,8 @@ def judge(
     if not found:
         for law in LAWS:
             _try(counts, found, law, case, ranks, reference)
-        for law in TWIN_LAWS if twin else ():
-            _try(counts, found, law, case, ranks, twin, reference)
+        for relation in TWIN_LAWS if twin else ():
+            _try(counts, found, relation, case, ranks, twin, reference)
     if found:
         found[0].also = tuple(violation.law for violation in found[1:])
     return counts, found[0] if found else None
