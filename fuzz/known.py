@@ -31,7 +31,7 @@ KNOWN = (
     Known(
         id="expert-gradients-over-dense-dp",
         upstream="NVIDIA/Megatron-LM#5916, commit cd4afffa64",
-        lives=("0.16.1", "0.19.2"),
+        lives=("0.16.1",),
         # With EP=1 the experts count as dense parameters; where ETP is not TP they live on other replicas.
         covers=lambda case: case.layout.ep == 1 and case.layout.etp != case.layout.tp,
         law="gradients match the reference",
@@ -40,8 +40,8 @@ KNOWN = (
     ),
     Known(
         id="norm-of-uninitialized-shards",
-        upstream="not known upstream; docs/findings/norm-of-uninitialized-shards.md",
-        lives=("0.16.1", "0.19.2"),
+        upstream="mended by 0.19.2 without an issue; docs/findings/norm-of-uninitialized-shards.md",
+        lives=("0.16.1",),
         # Only the weight initialisers mark a shard as tensor parallel, and the norm counts no other shard of TP rank 1.
         covers=lambda case: not case.switches.perform_initialization and max(case.layout.tp, case.layout.etp) > 1,
         law="gradient norm is that of the observed gradients",
