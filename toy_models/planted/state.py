@@ -1,0 +1,98 @@
+"""Bugs of coordinates, of what must not change and of what must not be remembered. Each function is one.
+
+The first line says what breaks, the second where it comes from, the third the smallest layout that shows it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from toy_models import families, ppo
+from toy_models.planted.rewrite import wrap
+
+
+def dp_rank_from_the_expert_group() -> None:
+    """The data-parallel rank is asked of the expert-parallel group: ranks take one another's rows.
+
+    pytorch/torchtitan#2842: a rank taken from the wrong group.
+    minimal: world=2
+    """
+
+    def around(original: Callable, *args: Any, **kwargs: Any) -> int:
+        return parallel_state.get_expert_model_parallel_rank()  # type: ignore[no-any-return]
+
+    wrap(parallel_state, "get_data_parallel_rank", around)
+
+
+def data_before_tensor_in_the_order() -> None:
+    """Neighbouring ranks are data-parallel instead of tensor-parallel.
+
+    Adapted from volcengine/verl#4697, commit b16e0488a: chunks that go to the wrong ranks.
+    minimal: world=4 tp=2
+    """
+
+    def around(original: Callable, *args: Any, **kwargs: Any) -> None:
+        assert "order" not in kwargs
+        original(*args, order="dp-ep-cp-tp-pp", **kwargs)
+
+    wrap(parallel_state, "initialize_model_parallel", around)
+
+
+def rotary_base_of_another_family() -> None:
+    """Rotary embeddings turn with the default base, not with the family's.
+
+    Adapted from volcengine/verl#1444, commit b52956409: a model's constant lost in conversion.
+    minimal: world=1
+    """
+
+    def around(original: Callable, family: str) -> float:
+        return 10_000.0 if original(family) != 10_000.0 else 1_000_000.0
+
+    wrap(families, "rope_theta", around)
+
+
+def reference_follows_the_actor() -> None:
+    """After an update the reference model has the actor's weights: from then on the KL penalty is 0.
+
+    huggingface/trl#702: a KL that is always 0.
+    minimal: world=1
+    """
+
+    def around(original: Callable, case: Any, roles: Any, *args: Any) -> Any:
+        history = original(case, roles, *args)
+        roles["reference"].gpt.load_state_dict(roles["actor"].gpt.state_dict())
+        return history
+
+    wrap(ppo, "update", around)
+
+
+def critic_edits_the_reward_head() -> None:
+    """Training changes the reward model's head in place.
+
+    volcengine/verl#137, commit 8bf9b95ad: another role's data edited in place.
+    minimal: world=1
+    """
+
+    def around(original: Callable, case: Any, roles: Any, *args: Any) -> Any:
+        roles["reward"].gpt.output_layer.weight.data.mul_(1.0 + 2.0**-20)
+        return original(case, roles, *args)
+
+    wrap(ppo, "update", around)
+
+
+def rewards_centred_by_earlier_batches() -> None:
+    """Scores are centred by those of batches before, and the process never forgets them.
+
+    No upstream commit; running moments of rewards as in CarperAI/trlx, kept for longer than a run.
+    minimal: world=1
+    """
+    seen: list[torch.Tensor] = []
+
+    def around(original: Callable, experience: Any, *args: Any) -> torch.Tensor:
+        mean = torch.cat(seen).mean() if seen else 0.0
+        seen.append(experience["scores"])
+        return original({**experience, "scores": experience["scores"] - mean}, *args)  # type: ignore[no-any-return]
+
+    wrap(ppo, "token_rewards", around)
