@@ -6,16 +6,18 @@ once written loads for ever; SINCE names the schema with which each such field c
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from fuzz.case import Case, Operation, Rollout, Update
+from fuzz.case import MOST_OPERATIONS, Case, Operation, Rollout, Update
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
 SCHEMA = 1
 SINCE: dict[str, int] = {}  # "part.field" -> the schema that added it; every other field is of schema 1
 MOST_CHARACTERS = 100_000
+MOST_SHOWN = 60  # characters of a stranger's text that a message repeats
 PARTS = {"layout": Layout, "model": MoEModel, "batch": Batch, "ppo": PPO, "switches": Switches}
 OPERATIONS: dict[str, type[Operation]] = {"Rollout": Rollout, "Update": Update}
 
@@ -37,7 +39,7 @@ def from_json(text: str) -> Case:
     schema = _schema(data)
     _check_names("", data, {"schema", *(f.name for f in fields(Case))}, schema)
     parts = {name: _part(name, kind, data[name], schema) for name, kind in PARTS.items() if name in data}
-    rest = {name: data[name] for name in ("twin", "precision", "seed") if name in data}
+    rest = {name: _plain(name, data[name]) for name in ("twin", "precision", "seed") if name in data}
     return Case(**parts, **rest, program=_program(data["program"]))
 
 
@@ -48,14 +50,15 @@ def _parsed(text: str) -> Mapping[str, Any]:
         data = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_int=_int)
     except RecursionError:
         raise ValueError("a case file is nested too deeply; a case has two levels") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"a case file must be JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"a case file must hold a JSON object, not {type(data).__name__}")
     return data
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
     if twice:
         raise ValueError(f"{_quoted(twice)} is given twice in one object")
     return dict(pairs)
@@ -72,26 +75,39 @@ def _int(digits: str) -> int:
 
 
 def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(repr(name[:60]) for name in names[:5])
+    return ", ".join(repr(name[:MOST_SHOWN]) for name in names[:5])
+
+
+def _shown(value: Any) -> str:
+    return type(value).__name__ if isinstance(value, (list, dict)) else repr(value)[:MOST_SHOWN]
+
+
+def _plain(path: str, value: Any) -> Any:
+    """The value, which must be short and flat; what it may be is checked by the field's owner."""
+    if isinstance(value, (list, dict)) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{path} must be a plain finite value, not {_shown(value)}")
+    if isinstance(value, str) and len(value) > MOST_SHOWN:
+        raise ValueError(f"{path} is a text of {len(value)} characters; at most {MOST_SHOWN} are expected")
+    return value
 
 
 def _schema(data: Mapping[str, Any]) -> int:
-    schema = data.get("schema")
+    if "schema" not in data:
+        raise ValueError(f"the case lacks 'schema', an int of 1..{SCHEMA}")
+    schema = data["schema"]
     if type(schema) is not int or schema < 1:
-        raise ValueError(f"schema={str(schema)[:60]!r} must be an int of 1..{SCHEMA}")
+        raise ValueError(f"schema={_shown(schema)} must be an int of 1..{SCHEMA}")
     if schema > SCHEMA:
         raise ValueError(f"schema={schema} is newer than {SCHEMA}, the newest known here; update ep-ppo-fuzz")
     return schema
 
 
 def _check_names(path: str, data: Mapping[str, Any], known: set[str], schema: int) -> None:
-    unknown = sorted(set(data) - known)
-    if unknown:
-        raise ValueError(
-            f"{path or 'the case'} has unknown fields {_quoted(unknown)}; known are {', '.join(sorted(known))}"
-        )
     of_schema = {name for name in known if SINCE.get(f"{path}.{name}".lstrip("."), 1) <= schema}
-    missing = sorted(of_schema - set(data))
+    unknown, missing = sorted(set(data) - of_schema), sorted(of_schema - set(data))
+    if unknown:
+        has = f"{path or 'the case'} has unknown fields {_quoted(unknown)}"
+        raise ValueError(f"{has}; schema {schema} knows {', '.join(sorted(of_schema))}")
     if missing:
         raise ValueError(f"{path or 'the case'} lacks {_quoted(missing)}, which schema {schema} has")
 
@@ -100,13 +116,14 @@ def _part(name: str, kind: type, data: Any, schema: int) -> Any:
     if not isinstance(data, dict):
         raise ValueError(f"{name} must be a JSON object, not {type(data).__name__}")
     _check_names(name, data, {f.name for f in fields(kind)}, schema)
-    for field, value in data.items():
-        if isinstance(value, (list, dict)) or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(f"{name}.{field} must be a plain finite value, not {str(value)[:60]}")
-    return kind(**data)
+    return kind(**{field: _plain(f"{name}.{field}", value) for field, value in data.items()})
 
 
 def _program(names: Any) -> tuple[Operation, ...]:
-    if not isinstance(names, list) or not all(isinstance(name, str) and name in OPERATIONS for name in names):
-        raise ValueError(f"program={str(names)[:60]} must be a list of {', '.join(OPERATIONS)}")
+    if not isinstance(names, list) or len(names) > MOST_OPERATIONS:
+        found = f"{len(names)} operations" if isinstance(names, list) else _shown(names)
+        raise ValueError(f"program must be a list of 1..{MOST_OPERATIONS} operations, not {found}")
+    for name in names:
+        if not isinstance(name, str) or name not in OPERATIONS:
+            raise ValueError(f"program has {_shown(name)}; operations are {', '.join(OPERATIONS)}")
     return tuple(OPERATIONS[name]() for name in names)
