@@ -12,14 +12,16 @@ from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 
-from fuzz.case import Case
-from toy_models.spec import PPO, RAGGEDNESS, Batch, Layout, MoEModel, Switches
+from fuzz.case import PRECISIONS, TWINS, Case
+from toy_models.spec import DISPATCHERS, FAMILIES, PPO, RAGGEDNESS, Batch, Layout, MoEModel, Switches
 
 T = TypeVar("T")
 Draw = Callable[[st.SearchStrategy], Any]
 
 WORLDS = (1, 2, 4, 8)
 DEGREES = (1, 2, 4, 8)
+CHOICES = {"family": FAMILIES, "precision": PRECISIONS, "twin": TWINS, "dispatcher": DISPATCHERS}
+MOST_ROWS = 24  # several micro-batches per rank are drawn only where all rows together stay within this
 BUSY = 3  # steps between a case with no option on and one with most of them
 
 
@@ -43,10 +45,6 @@ def _complexity(layout: Layout) -> tuple:
     return sum(degree > 1 for degree in degrees), layout.ep * layout.etp * layout.tp, degrees
 
 
-def _pinned(layout_pins: dict[str, int | None]) -> dict[str, int]:
-    return {name: value for name, value in layout_pins.items() if value is not None}
-
-
 def _fitting(world: int, pins: dict[str, int]) -> list[Layout]:
     return [x for x in all_layouts(world) if all(getattr(x, name) == value for name, value in pins.items())]
 
@@ -56,12 +54,14 @@ def layouts(*, max_ranks: int = 4, world: int | None = None, **degrees: int | No
 
     Shrinks towards one rank, and within a world towards few and small degrees. Draws two choices.
     """
-    pins = _pinned(degrees)
+    pins = {name: degree for name, degree in degrees.items() if degree is not None}
     _check_pins(pins)
+    if max_ranks < 1:
+        raise ValueError(f"max_ranks={max_ranks} must be at least 1")
     tried = worlds(max_ranks) if world is None else [world]
     fitting = {size: found for size in tried if (found := _fitting(size, pins))}
     if not fitting:
-        raise ValueError(_nothing_fits(tried, world, pins))
+        raise ValueError(_nothing_fits(tried, pins))
     return _layouts(fitting)
 
 
@@ -72,12 +72,17 @@ def _check_pins(pins: dict[str, int]) -> None:
         raise ValueError(f"cannot pin {', '.join(unknown)}; layouts can be pinned by world, {', '.join(known)}")
 
 
-def _nothing_fits(tried: Sequence[int], world: int | None, pins: dict[str, int]) -> str:
-    asked = ", ".join(f"{name}={value}" for name, value in {**pins, "world": world}.items() if value is not None)
-    degrees = {name: sorted({getattr(x, name) for size in tried for x in all_layouts(size)}) for name in pins}
-    possible = "; ".join(f"{name} can be {', '.join(map(str, values))}" for name, values in degrees.items() if values)
-    where = f"worlds of {', '.join(map(str, tried))} ranks" if tried else "no world"
-    return f"no layout has {asked or 'these pins'} in {where}; {possible or 'worlds are powers of two'}"
+def _possible(tried: Sequence[int], name: str, pins: dict[str, int]) -> list[int]:
+    return sorted({getattr(layout, name) for size in tried for layout in _fitting(size, pins)})
+
+
+def _nothing_fits(tried: Sequence[int], pins: dict[str, int]) -> str:
+    """What was asked, and what each pin could be: with the others as they are where there is such a value."""
+    asked = ", ".join(f"{name}={value}" for name, value in pins.items())
+    others = {name: {key: value for key, value in pins.items() if key != name} for name in pins}
+    degrees = {name: _possible(tried, name, rest) or _possible(tried, name, {}) for name, rest in others.items()}
+    possible = "; ".join(f"{name} can be {', '.join(map(str, values))}" for name, values in degrees.items())
+    return f"no layout of world={' or '.join(map(str, tried))} has {asked}; {possible}"
 
 
 @st.composite
@@ -99,9 +104,7 @@ def _switched(draw: Draw, busy: int, off: T, on: Sequence[T]) -> T:
     return value if active else off
 
 
-@st.composite
 def cases(
-    draw: Draw,
     *,
     max_ranks: int = 4,
     world: int | None = None,
@@ -112,17 +115,30 @@ def cases(
     precision: str | None = None,
     twin: str | None = None,
     dispatcher: str | None = None,
-) -> Case:
-    """Whole cases. Shrinks towards one rank, one layer, two experts, one row of one prompt and one response token."""
-    layout = draw(layouts(max_ranks=max_ranks, world=world, tp=tp, ep=ep, etp=etp))
+) -> st.SearchStrategy[Case]:
+    """Whole cases. Shrinks towards one rank, one layer, two experts, one row of one prompt and one response token.
+
+    ValueError at once where nothing satisfies the pins.
+    """
+    pins = {"family": family, "precision": precision, "twin": twin, "dispatcher": dispatcher}
+    for name, allowed in CHOICES.items():
+        if pins[name] is not None and pins[name] not in allowed:
+            raise ValueError(f"{name}={pins[name]!r} is unknown; choose one of {', '.join(allowed)}")
+    return _cases(layouts(max_ranks=max_ranks, world=world, tp=tp, ep=ep, etp=etp), pins)
+
+
+@st.composite
+def _cases(draw: Draw, places: st.SearchStrategy[Layout], pins: dict[str, str | None]) -> Case:
+    layout = draw(places)
     sizes = _sizes(draw, layout)
     shape = _shape(draw)
     busy = draw(st.integers(0, BUSY))
-    switches = _switches(draw, busy, dispatcher)
-    model = _model(draw, busy, layout, sizes, family)
+    switches = _switches(draw, busy, pins["dispatcher"])
+    model = _model(draw, busy, layout, sizes, pins["family"])
     batch = _batch(draw, busy, layout, shape)
     drawn_precision = draw(st.sampled_from(("float64", "float64", "float64", "float32")))
-    ppo = _ppo(draw, busy, shape, precision or drawn_precision)
+    precision = pins["precision"] or drawn_precision
+    ppo = _ppo(draw, busy, shape, precision)
     drawn_twin = draw(st.sampled_from((None,) * 6 + ("again", "other_dispatcher")))
     return Case(
         layout=layout,
@@ -130,8 +146,8 @@ def cases(
         batch=batch,
         ppo=ppo,
         switches=switches,
-        precision=precision or drawn_precision,
-        twin=twin or drawn_twin,
+        precision=precision,
+        twin=pins["twin"] or drawn_twin,
         seed=draw(st.integers(0, 2**16)),
     )
 
@@ -186,9 +202,14 @@ def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family:
     )
 
 
+def _rows(layout: Layout, shape: dict[str, int]) -> int:
+    cut = shape["mini_batches"] * layout.dp * shape["micro_rows"]
+    return cut * min(shape["micro_batches"], max(1, MOST_ROWS // cut))
+
+
 def _batch(draw: Draw, busy: int, layout: Layout, shape: dict[str, int]) -> Batch:
     return Batch(
-        rows=shape["mini_batches"] * layout.dp * shape["micro_rows"] * shape["micro_batches"],
+        rows=_rows(layout, shape),
         prompt=shape["prompt"],
         response=shape["response"],
         micro_rows=shape["micro_rows"],
