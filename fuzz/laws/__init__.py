@@ -65,3 +65,6 @@ def _try(counts: dict[str, int], found: list[Violation], law: Callable[..., int]
         counts[law.__name__] = law(*arguments)
     except Violation as violation:
         found.append(violation)
+    except Exception:
+        if not found:
+            raise  # else what an earlier law has refuted (a step never taken, an empty mask) leaves nothing to judge
