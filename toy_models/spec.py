@@ -8,6 +8,7 @@ values at once (heads against TP, rows against DP) is checked by `check_together
 import hashlib
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 
 FAMILIES = ("qwen3moe", "qwen2moe", "mixtral")
 DISPATCHERS = ("alltoall", "allgather")
@@ -20,6 +21,19 @@ MOST = {
     "ffn": 4096, "shared_ffn": 4096, "vocab": 4096, "rows": 1024, "prompt": 1024, "response": 1024,
     "micro_rows": 64, "epochs": 16, "mini_batches": 64,
 }  # fmt: skip
+
+# Numbers that are each within bounds could still ask for terabytes together: these products are bounded too, `width`
+# being prompt + response. 2**24 numbers of float64 are 128 MiB; what is drawn stays far below.
+MOST_NUMBERS = 2**24
+PRODUCTS = (
+    ("layers", "experts", "hidden", "ffn"),
+    ("layers", "hidden", "shared_ffn"),
+    ("layers", "hidden", "heads", "head_dim"),
+    ("rows", "width", "layers", "hidden"),
+    ("rows", "width", "experts"),
+    ("rows", "width", "vocab"),
+    ("rows", "width", "width", "heads"),
+)
 
 
 def uniform(*key: int | str) -> float:
@@ -246,6 +260,13 @@ def check_together(layout: Layout, model: MoEModel, batch: Batch, ppo: PPO) -> N
         f"rows={batch.rows} is not a multiple of mini_batches*dp*micro_rows="
         f"{ppo.mini_batches}*{layout.dp}*{batch.micro_rows}={cut}",
     )
+    _check_products({**vars(model), **vars(batch), "width": batch.prompt + batch.response})
+
+
+def _check_products(sizes: dict[str, int]) -> None:
+    for names in PRODUCTS:
+        total, asked = prod(sizes[name] for name in names), "*".join(f"{name}={sizes[name]}" for name in names)
+        _require(total <= MOST_NUMBERS, f"{asked} is {total} numbers; at most {MOST_NUMBERS} are allowed")
 
 
 @dataclass(frozen=True)
