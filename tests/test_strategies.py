@@ -1,0 +1,252 @@
+"""What is drawn: valid by construction, everything reached, the smallest case first, pins honoured or refused."""
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from operator import attrgetter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import find, given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from fuzz import strategies
+from fuzz.case import PRECISIONS, TWINS, Case
+from fuzz.strategies import EPSILONS, all_layouts, cases, layouts
+from toy_models.spec import DISPATCHERS, FAMILIES, OPTIMIZERS, PPO, RAGGEDNESS, Batch, Layout, MoEModel
+
+STEADY: dict[str, Any] = {"derandomize": True, "database": None, "deadline": None}
+DRAWS = 1500
+
+
+def drawn(strategy: SearchStrategy, number: int) -> list[Any]:
+    """`number` examples, the same ones every time."""
+    seen = []
+
+    @settings(max_examples=number, **STEADY)
+    @given(strategy)
+    def collect(value: Any) -> None:
+        seen.append(value)
+
+    collect()
+    return seen
+
+
+@cache
+def many() -> list[Case]:
+    return drawn(cases(), DRAWS)
+
+
+# ---- the smallest case -----------------------------------------------------------------------------------------
+
+
+def smallest(condition: Callable[[Case], bool]) -> Case:
+    return find(cases(), condition, settings=settings(max_examples=1000, **STEADY))
+
+
+MINIMA: dict[str, tuple[Callable[[Case], bool], Case]] = {
+    "any": (lambda c: True, Case()),
+    "world": (lambda c: c.layout.world >= 2, Case(layout=Layout(world=2), batch=Batch(rows=2))),
+    "ep": (lambda c: c.layout.ep >= 2, Case(layout=Layout(world=2, ep=2), batch=Batch(rows=2))),
+    "etp": (
+        lambda c: c.layout.etp >= 2,
+        Case(layout=Layout(world=2, etp=2), model=MoEModel(ffn=4), batch=Batch(rows=2)),
+    ),
+    "tp": (lambda c: c.layout.tp >= 2, Case(layout=Layout(world=2, tp=2), model=MoEModel(heads=2, kv_heads=2))),
+    "top_k": (lambda c: c.model.top_k >= 2, Case(model=MoEModel(top_k=2))),
+    "layers": (lambda c: c.model.layers >= 2, Case(model=MoEModel(layers=2))),
+    "aux_loss": (lambda c: c.model.aux_loss > 0, Case(model=MoEModel(aux_loss=1.0))),
+    "seed": (lambda c: c.seed >= 7, Case(seed=7)),
+    "adam": (lambda c: c.ppo.optimizer == "adam", Case(ppo=PPO(optimizer="adam", lr=0.03, critic_lr=0.03))),
+}
+
+
+@pytest.mark.parametrize(("condition", "least"), MINIMA.values(), ids=MINIMA)
+def test_what_matters_is_all_that_a_shrunk_case_shows(condition: Callable[[Case], bool], least: Case) -> None:
+    """World 2 and not 4, and nothing moves but what must: the repr in a report is the bug and nothing else."""
+    assert smallest(condition) == least
+
+
+class Counting:
+    """`hypothesis.strategies`, with a note of every primitive that is drawn."""
+
+    def __init__(self) -> None:
+        self.draws: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., SearchStrategy]:
+        return lambda *arguments: getattr(st, name)(*arguments).map(partial(self._note, name))
+
+    def _note(self, name: str, value: Any) -> Any:
+        self.draws.append(name)
+        return value
+
+
+@pytest.mark.parametrize("pins", [{"max_ranks": 8}, {"world": 4, "ep": 2, "family": "mixtral", "precision": "float32"}])
+def test_every_case_draws_equally_many_choices(pins: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hypothesis prefers fewer choices to smaller ones: a larger layout with fewer draws would win."""
+    counting, seen = Counting(), set()
+    monkeypatch.setattr(strategies, "st", counting)
+
+    @settings(max_examples=60, **STEADY)
+    @given(st.data())
+    def collect(data: st.DataObject) -> None:
+        counting.draws.clear()
+        data.draw(cases(**pins))
+        seen.add(tuple(counting.draws))
+
+    collect()
+    assert len(seen) == 1 and len(*seen) > 40
+
+
+def test_no_draw_has_a_single_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sampled_from` draws nothing where it has one value: the number of choices would hang on the layout."""
+    shortest: list[int] = []
+    monkeypatch.setattr(strategies, "st", SimpleNamespace(**vars(st) | {"sampled_from": _noting(shortest)}))
+    drawn(cases(max_ranks=8), 60)
+    assert min(shortest) >= 2
+
+
+def _noting(lengths: list[int]) -> Callable[[Sequence], SearchStrategy]:
+    def sampled_from(values: Sequence) -> SearchStrategy:
+        lengths.append(len(values))
+        return st.sampled_from(values)
+
+    return sampled_from
+
+
+# ---- what is reached -------------------------------------------------------------------------------------------
+
+
+def test_every_layout_is_drawn() -> None:
+    """All 25 layouts of 1, 2 and 4 ranks, and no other."""
+    possible = {layout for world in (1, 2, 4) for layout in all_layouts(world)}
+    assert len(possible) == 25
+    assert {case.layout for case in many()} == possible
+
+
+# Every bag of values that a case is filled from, by the path of its field.
+REACHED: dict[str, tuple[Any, ...]] = {
+    "layout.world": (1, 2, 4),
+    "model.family": FAMILIES,
+    "model.layers": (1, 2),
+    "model.experts": (2, 3, 4, 5, 6, 8),
+    "model.top_k": (1, 2, 3, 4),
+    "model.norm_topk_prob": (False, True),
+    "model.tied": (False, True),
+    "model.skew": (0.0, 1.0, 4.0, 2.0),
+    "model.aux_loss": (0.0, 1.0, 0.3, 7.0),
+    "model.z_loss": (0.0, 0.1, 0.03, 1.0),
+    "batch.raggedness": RAGGEDNESS,
+    "batch.prompt": range(1, 7),
+    "batch.response": range(1, 6),
+    "batch.micro_rows": (1, 2),
+    "batch.holes": (False, True),
+    "batch.pad_is_eos": (False, True),
+    "ppo.epochs": (1, 2),
+    "ppo.mini_batches": (1, 2, 3),
+    "ppo.temperature": (1.0, 0.7, 1.6),
+    "ppo.gamma": (1.0, 0.9, 0.5),
+    "ppo.lam": (1.0, 0.95, 0.6, 0.0),
+    "ppo.kl_coef": (0.0, 0.1, 1.0),
+    "ppo.clip_eps": (0.2, 0.05, 0.01),
+    "ppo.value_clip": (0.2, 0.05, 0.01),
+    "ppo.entropy_coef": (0.0, 0.1, 1.0),
+    "ppo.whiten": (False, True),
+    "ppo.optimizer": OPTIMIZERS,
+    "ppo.weight_decay": (0.0, 0.1, 1.0),
+    "ppo.momentum": (0.0, 0.9, 0.5),
+    "ppo.eps": {eps for bag in EPSILONS.values() for eps in bag},
+    "ppo.max_norm": (0.0, 0.3, 1.0, 0.05, 30.0),
+    "switches.dispatcher": DISPATCHERS,
+    "switches.perform_initialization": (True, False),
+    "twin": (None, *TWINS),
+    "precision": PRECISIONS,
+}
+
+
+@pytest.mark.parametrize("path", REACHED)
+def test_every_value_is_drawn_often(path: str) -> None:
+    """An option that is hardly ever on is an option that nobody tests."""
+    numbers = Counter(attrgetter(path)(case) for case in many())
+    assert {value: numbers[value] for value in REACHED[path] if numbers[value] < 20} == {}
+
+
+def test_clipping_is_on_in_about_half_of_the_cases() -> None:
+    """Always on, it would hide wrong factors; never on, nobody would test it."""
+    share = sum(case.ppo.max_norm > 0 for case in many()) / len(many())
+    assert 0.4 < share < 0.8
+
+
+# ---- pins ------------------------------------------------------------------------------------------------------
+
+PINS: tuple[dict[str, Any], ...] = (
+    {"world": 8},
+    {"max_ranks": 2},
+    {"ep": 4},
+    {"tp": 2, "etp": 1},
+    {"world": 4, "tp": 2, "ep": 2, "etp": 2},
+    {"max_ranks": 8, "tp": 8},
+    *({"family": family} for family in FAMILIES),
+    *({"precision": precision} for precision in PRECISIONS),
+    *({"twin": twin} for twin in TWINS),
+    *({"dispatcher": dispatcher} for dispatcher in DISPATCHERS),
+)
+
+
+def _has(case: Case, name: str, value: Any) -> bool:
+    if name == "max_ranks":
+        return case.layout.world <= value
+    owner = next(x for x in (case, case.layout, case.model, case.switches) if hasattr(x, name))
+    return getattr(owner, name) == value
+
+
+@pytest.mark.parametrize("pins", PINS, ids=str)
+def test_pins_are_honoured(pins: dict[str, Any]) -> None:
+    """A pin holds in every case; what it needs elsewhere follows."""
+    for case in drawn(cases(**pins), 15):
+        assert all(_has(case, name, value) for name, value in pins.items()), case
+
+
+@pytest.mark.parametrize("name", ["tp", "ep", "etp", "dp", "edp"])
+def test_every_degree_of_a_layout_can_be_pinned(name: str) -> None:
+    """The derived degrees too."""
+    assert {getattr(layout, name) for layout in drawn(layouts(**{name: 2}), 40)} == {2}
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: cases(ep=3, world=4), ["world=4", "ep=3", "1, 2, 4"]),
+        (lambda: cases(tp=8, max_ranks=4), ["tp=8", "1 or 2 or 4", "tp can be 1, 2, 4"]),
+        (lambda: cases(world=4, ep=4, etp=2), ["ep=4", "etp=2", "ep can be 1, 2"]),
+        (lambda: cases(max_ranks=0), ["max_ranks=0"]),
+        (lambda: cases(world=0), ["world=0"]),
+        (lambda: cases(family="llama"), ["family='llama'", *FAMILIES]),
+        (lambda: cases(twin="none"), ["twin='none'", *TWINS]),
+        (lambda: layouts(ep=3, world=4), ["world=4", "ep=3"]),
+        (lambda: layouts(pp=2), ["pp", "tp, ep, etp, dp, edp"]),
+    ],
+)
+def test_impossible_pins_are_refused_at_the_call(make: Callable[[], object], said: list[str]) -> None:
+    """A ValueError where the mistake stands, with the numbers and what would be possible."""
+    with pytest.raises(ValueError) as caught:
+        make()
+    assert [part for part in said if part not in str(caught.value)] == [], str(caught.value)
+
+
+# ---- what drawing needs ----------------------------------------------------------------------------------------
+
+
+def test_drawing_needs_neither_torch_nor_megatron() -> None:
+    """Strategies start in a second, and may run where no torch is."""
+    code = (
+        "import sys, hypothesis, fuzz.strategies as s\n"
+        "hypothesis.find(s.cases(), lambda case: True)\n"
+        "print(sorted({'torch', 'megatron', 'transformers', 'ray', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
