@@ -1,0 +1,239 @@
+"""The import table of the architecture, as data: who may import whom, checked in the source of every module.
+
+Imports inside functions count; those under TYPE_CHECKING may also take what the table lists for types. The standard
+library is free for all.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = ("fuzz", "toy_models")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a module may import: a name stands for itself, and `name.*` for what is below it too."""
+
+    may: str = ""
+    types: str = ""  # under TYPE_CHECKING only
+
+
+LAWS = Row("torch.* fuzz.case fuzz.laws.* toy_models.spec toy_models.weights")
+REFERENCE = Row(
+    "torch.* transformers.* toy_models.spec toy_models.families toy_models.weights toy_models.precision "
+    "toy_models.reference_model toy_models.reference_rollout toy_models.reference_update"
+)
+SYSTEM = Row(
+    "torch.* torch.distributed.* megatron.core.* toy_models.spec toy_models.families toy_models.weights "
+    "toy_models.precision toy_models.megatron toy_models.ppo toy_models.planted.*"
+)
+PARENT = Row(
+    "torch.* hypothesis.* pytest rich.* fuzz.case fuzz.case_json fuzz.strategies fuzz.forking fuzz.ranks fuzz.laws.* "
+    "fuzz.known fuzz.trial fuzz.summary fuzz.report toy_models.spec toy_models.weights"
+)
+TABLE = {
+    "conftest": PARENT,
+    "fuzz": Row(),
+    "fuzz.case": Row("toy_models.spec", types="torch"),
+    "fuzz.case_json": Row("fuzz.case toy_models.spec"),
+    "fuzz.cpu_platform": Row("torch.* torch.distributed.* megatron.core.*"),
+    "fuzz.drive": Row(
+        "torch.* torch.distributed.* megatron.core.* fuzz.case fuzz.cpu_platform fuzz.probe toy_models.spec "
+        "toy_models.weights toy_models.precision toy_models.megatron toy_models.ppo"
+    ),
+    "fuzz.forking": Row("fuzz.case"),
+    "fuzz.known": Row("fuzz.case toy_models.spec"),
+    "fuzz.laws.*": LAWS,
+    "fuzz.probe": Row("torch.* toy_models.megatron"),
+    "fuzz.rank": Row("torch.*"),
+    "fuzz.ranks": Row("fuzz.case fuzz.forking fuzz.rank"),
+    "fuzz.strategies": Row("hypothesis.* fuzz.case toy_models.spec"),
+    "fuzz.summary": Row("rich.* fuzz.known fuzz.laws fuzz.strategies fuzz.trial"),
+    "fuzz.test_ep_ppo_props": PARENT,
+    "fuzz.trial": Row("fuzz.case fuzz.laws.* fuzz.ranks toy_models.spec"),
+    "fuzz.truth": Row("torch.* fuzz.case toy_models.reference"),
+    "toy_models": Row(),
+    "toy_models.families": Row("torch.* transformers.* toy_models.spec"),
+    "toy_models.megatron": SYSTEM,
+    "toy_models.planted.*": SYSTEM,
+    "toy_models.ppo": SYSTEM,
+    "toy_models.precision": Row("torch.*"),
+    "toy_models.reference": REFERENCE,
+    "toy_models.reference_model": REFERENCE,
+    "toy_models.reference_rollout": REFERENCE,
+    "toy_models.reference_update": REFERENCE,
+    "toy_models.spec": Row(),
+    "toy_models.weights": Row("torch.* transformers.* toy_models.spec"),
+}
+APART = ("torch.distributed",)  # not meant by `torch.*`: only who communicates may have it
+
+# What runs where: these modules, with all that they import in turn, must never reach the others.
+NEVER = {
+    "fuzz.drive": "hypothesis pytest rich toy_models.reference fuzz.strategies fuzz.laws fuzz.ranks",
+    "fuzz.rank": "hypothesis pytest rich megatron fuzz.laws",
+    "fuzz.truth": "hypothesis pytest rich megatron torch.distributed toy_models.ppo toy_models.megatron fuzz.laws",
+    "fuzz.strategies": "torch megatron transformers fuzz.ranks",
+    "fuzz.case_json": "torch megatron transformers hypothesis",
+    "fuzz.known": "torch megatron transformers hypothesis",
+    "fuzz.laws": "hypothesis megatron transformers fuzz.ranks fuzz.drive toy_models.ppo",
+    "fuzz.ranks": "hypothesis megatron fuzz.laws fuzz.drive",
+    "fuzz.trial": "hypothesis pytest megatron transformers fuzz.drive toy_models.reference",
+}
+
+
+# ---- reading the source ----------------------------------------------------------------------------------------
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of ours, by its dotted name."""
+    found = [path for folder in OURS for path in (ROOT / folder).rglob("*.py")]
+    return {_name(path): path for path in sorted([*found, ROOT / "conftest.py"])}
+
+
+@cache
+def imports(module: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The modules that a module imports, functions included: at run time, and under TYPE_CHECKING."""
+    tree = ast.parse(modules()[module].read_text())
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and _is_type_checking(node.test)]
+    hidden = {id(node) for block in blocks for part in block.body for node in ast.walk(part)}
+    run = {name for node in ast.walk(tree) if id(node) not in hidden for name in _imported(node)}
+    types = {name for block in blocks for part in block.body for node in ast.walk(part) for name in _imported(node)}
+    return frozenset(map(_foreign, run)) - {""}, frozenset(map(_foreign, types)) - {""}
+
+
+def _is_type_checking(test: ast.expr) -> bool:
+    return ast.unparse(test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def _imported(node: ast.AST) -> Iterator[str]:
+    """What one statement imports; `import torch` and then `torch.distributed.x` count as what they reach."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0 and node.module, "relative imports hide from the table"
+        yield from (_module(node.module, alias.name) for alias in node.names)
+    elif isinstance(node, ast.Attribute) and ast.unparse(node) in APART:
+        yield ast.unparse(node)
+
+
+def _module(source: str, name: str) -> str:
+    """`from source import name` imports a module of that name where there is one, else from `source`."""
+    whole = f"{source}.{name}"
+    return whole if whole in modules() or whole in APART else source
+
+
+def _foreign(name: str) -> str:
+    return "" if name.split(".")[0] in sys.stdlib_module_names else name
+
+
+def _row(module: str) -> Row | None:
+    covering = [module, *(f"{module.rsplit('.', n)[0]}.*" for n in range(module.count(".") + 1)), f"{module}.*"]
+    return next((TABLE[name] for name in covering if name in TABLE), None)
+
+
+def _allowed(name: str, listed: str) -> bool:
+    for pattern in listed.split():
+        base = pattern.removesuffix(".*")
+        below = pattern.endswith(".*") and name.startswith(f"{base}.")
+        apart = any(_within(name, other) and not _within(base, other) for other in APART)
+        if (name == base or below) and not apart:
+            return True
+    return False
+
+
+def _within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def reached(module: str) -> dict[str, str]:
+    """All that importing a module imports in turn, and by whom; packages' `__init__` files too."""
+    found, waiting = {}, [module]
+    while waiting:
+        here = waiting.pop()
+        packages = [here.rsplit(".", n)[0] for n in range(1, here.count(".") + 1)]
+        for name in [*(imports(here)[0] if here in modules() else ()), *packages]:
+            if name not in found:
+                found[name] = here
+                waiting.append(name)
+    return found
+
+
+# ---- the table -------------------------------------------------------------------------------------------------
+
+
+def test_every_module_has_a_row() -> None:
+    """A new module decides who it is before it imports anybody."""
+    assert [module for module in modules() if _row(module) is None] == []
+
+
+def test_every_row_has_a_module() -> None:
+    """A row that nothing answers to is a rename that nobody noticed."""
+    gone = [name for name in TABLE if not any(_within(module, name.removesuffix(".*")) for module in modules())]
+    assert gone == []
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_module_imports_what_its_row_allows(module: str) -> None:
+    """The system knows nothing of the tester, the reference nothing of megatron, the laws nothing of processes."""
+    row, (run, types) = _row(module) or Row(), imports(module)
+    wrong = sorted(name for name in run if not _allowed(name, row.may))
+    wrong += sorted(f"{name} (types)" for name in types if not _allowed(name, f"{row.may} {row.types}"))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("module", NEVER)
+def test_nothing_forbidden_is_reached_by_a_detour(module: str) -> None:
+    """Ranks never import Hypothesis, the reference never reaches megatron, strategies cost no torch."""
+    found = reached(module)
+    wrong = {name: by for name, by in found.items() if any(_within(name, bad) for bad in NEVER[module].split())}
+    assert wrong == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "seen"),
+    [
+        ("def f():\n    import megatron.core", "megatron.core"),
+        ("from fuzz import ranks as r", "fuzz.ranks"),
+        ("from fuzz.case import Case", "fuzz.case"),
+        ("from torch import distributed", "torch.distributed"),
+        ("import torch\ntorch.distributed.barrier()", "torch.distributed"),
+    ],
+)
+def test_no_import_hides_from_the_table(source: str, seen: str) -> None:
+    """Wherever and however a module is imported, the table sees it."""
+    names = {name for node in ast.walk(ast.parse(source)) for name in _imported(node)}
+    assert seen in names and not _allowed(seen, "torch.* toy_models.*")
+
+
+# ---- what importing costs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [name for name, path in modules().items() if path.name == "__init__.py"])
+def test_packages_hold_a_docstring_at_most(module: str) -> None:
+    """Importing a part never imports the whole; fuzz.laws alone is a table of its modules."""
+    body = ast.parse(modules()[module].read_text()).body
+    text = [node for node in body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    assert module == "fuzz.laws" or (len(body) <= 1 and body == text)
+
+
+def test_the_parts_of_a_case_cost_nothing() -> None:
+    """`import toy_models.spec` takes the standard library and nothing else."""
+    code = "import sys; old = set(sys.modules); import toy_models.spec; print(*sorted(set(sys.modules) - old))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    loaded = {name for name in done.stdout.split() if name.split(".")[0] not in sys.stdlib_module_names}
+    assert loaded == {"toy_models", "toy_models.spec"}
