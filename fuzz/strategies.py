@@ -33,11 +33,8 @@ def worlds(max_ranks: int) -> list[int]:
 @cache
 def all_layouts(world: int) -> tuple[Layout, ...]:
     """Every layout of a world with power-of-two degrees, simplest first: few degrees above one, small, EP before TP."""
-    found = []
-    for ep, etp, tp in itertools.product(DEGREES, repeat=3):
-        if world % tp == 0 and world % (ep * etp) == 0:
-            found.append(Layout(world=world, tp=tp, ep=ep, etp=etp))
-    return tuple(sorted(found, key=_complexity))
+    places = [x for x in itertools.product(DEGREES, repeat=3) if world % (x[0] * x[1]) == world % x[2] == 0]
+    return tuple(sorted((Layout(world=world, ep=ep, etp=etp, tp=tp) for ep, etp, tp in places), key=_complexity))
 
 
 def _complexity(layout: Layout) -> tuple:
@@ -52,7 +49,7 @@ def _fitting(world: int, pins: dict[str, int]) -> list[Layout]:
 def layouts(*, max_ranks: int = 4, world: int | None = None, **degrees: int | None) -> st.SearchStrategy[Layout]:
     """Layouts of 1 to `max_ranks` ranks; `tp`, `ep`, `etp`, `dp`, `edp` pin degrees. ValueError where no layout fits.
 
-    Shrinks towards one rank, and within a world towards few and small degrees. Draws two choices.
+    Shrinks towards one rank, and within a world towards small degrees. Within a world all are equally likely.
     """
     pins = {name: degree for name, degree in degrees.items() if degree is not None}
     _check_pins(pins)
@@ -89,8 +86,14 @@ def _nothing_fits(tried: Sequence[int], pins: dict[str, int]) -> str:
 def _layouts(draw: Draw, fitting: dict[int, list[Layout]]) -> Layout:
     # Larger worlds have more layouts: each counts as often as its place in the list.
     bag = [size for place, size in enumerate(fitting, 1) for _ in range(place)]
-    choices = fitting[draw(st.sampled_from(bag))]
-    return choices[draw(st.integers(0, len(choices) - 1))]
+    found = fitting[draw(st.sampled_from(bag))]
+    # Degree by degree: an index into the whole list stays where the next smaller ones happen to pass. Each value counts
+    # as often as layouts have it. (`integers`, as `sampled_from` makes no choice where there is one value.)
+    for name in ("ep", "etp", "tp"):
+        degrees = sorted(getattr(layout, name) for layout in found)
+        degree = degrees[draw(st.integers(0, len(degrees) - 1))]
+        found = [layout for layout in found if getattr(layout, name) == degree]
+    return found[0]
 
 
 def _option(draw: Draw, busy: int) -> bool:
@@ -136,10 +139,8 @@ def _cases(draw: Draw, places: st.SearchStrategy[Layout], pins: dict[str, str | 
     switches = _switches(draw, busy, pins["dispatcher"])
     model = _model(draw, busy, layout, sizes, pins["family"])
     batch = _batch(draw, busy, layout, shape)
-    drawn_precision = draw(st.sampled_from(("float64", "float64", "float64", "float32")))
-    precision = pins["precision"] or drawn_precision
+    precision = pins["precision"] or draw(st.sampled_from(("float64", "float64", "float64", "float32")))
     ppo = _ppo(draw, busy, shape, precision)
-    drawn_twin = draw(st.sampled_from((None,) * 6 + ("again", "other_dispatcher")))
     return Case(
         layout=layout,
         model=model,
@@ -147,7 +148,7 @@ def _cases(draw: Draw, places: st.SearchStrategy[Layout], pins: dict[str, str | 
         ppo=ppo,
         switches=switches,
         precision=precision,
-        twin=pins["twin"] or drawn_twin,
+        twin=pins["twin"] or draw(st.sampled_from((None,) * 6 + TWINS)),
         seed=draw(st.integers(0, 2**16)),
     )
 
@@ -176,8 +177,7 @@ def _switches(draw: Draw, busy: int, dispatcher: str | None) -> Switches:
 
 def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family: str | None) -> MoEModel:
     possible = ("qwen3moe", "qwen2moe", "mixtral")[: 3 if sizes["top_k"] > 1 else 2]
-    drawn = draw(st.sampled_from(possible))
-    chosen = family or drawn
+    chosen = family or draw(st.sampled_from(possible))
     if chosen == "mixtral":
         sizes = sizes | {"top_k": max(2, sizes["top_k"])}
     normalised = draw(st.booleans())
