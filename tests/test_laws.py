@@ -1,0 +1,160 @@
+"""Every law can fire: each planted bug breaks first the law that its row in `planted_cases` names; the healthy none.
+
+Also what planted bugs look like, and the two laws that follow from others and so are never the first to be broken.
+"""
+
+import importlib
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+from planted_cases import PLANTED
+
+from fuzz import forking, known, laws
+from fuzz.case import Case, Observation, Rollout, Update, Violation
+from fuzz.laws import updates
+from fuzz.ranks import Ranks
+from fuzz.trial import Trials, Verdict
+from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
+
+HASTE = 6.0  # seconds until a rank counts as hung, where a bug of liveness is planted
+
+# Implied by earlier laws: where gradients match the reference and the norm is theirs, the norm matches the reference;
+# where the optimizer also does its formula, so do weights and moments.
+IMPLIED = (updates.gradient_norm_matches_the_reference, updates.weights_and_moments_match_the_reference)
+
+GROUPED = MoEModel(heads=4, kv_heads=2, experts=4, top_k=2, norm_topk_prob=True, vocab=12)
+SHARED = MoEModel(family="qwen2moe", heads=2, kv_heads=2, experts=3, top_k=2, shared_ffn=4, tied=True)
+MIXTRAL = MoEModel(family="mixtral", heads=2, kv_heads=2, top_k=2, norm_topk_prob=True, layers=2)
+SKEWED = MoEModel(experts=4, skew=4.0, aux_loss=0.3, z_loss=0.1)
+ADAM = PPO(optimizer="adam", lr=0.03, critic_lr=0.03, eps=1e-2, mini_batches=2, weight_decay=0.1, max_norm=0.3)
+SGD = PPO(mini_batches=2, epochs=2, momentum=0.9, temperature=0.7, entropy_coef=0.1, kl_coef=0.1, whiten=True)
+RAGGED = Batch(rows=4, prompt=3, response=4, raggedness="ragged")
+HOLES = Batch(rows=4, prompt=2, response=5, holes=True, pad_is_eos=True)
+GATHER = Switches(dispatcher="allgather")
+
+HEALTHY = (
+    Case(),
+    Case(batch=HOLES, ppo=PPO(gamma=0.9, lam=0.6, whiten=True)),
+    Case(model=MIXTRAL, batch=RAGGED, ppo=SGD),
+    Case(batch=Batch(rows=2), program=(Rollout(), Update(), Rollout(), Update())),
+    Case(batch=RAGGED, ppo=PPO(mini_batches=2, eps=1e-3), precision="float32"),
+    Case(layout=Layout(world=2), batch=RAGGED, ppo=SGD),
+    Case(layout=Layout(world=2, ep=2), model=SKEWED, batch=RAGGED, ppo=ADAM),
+    Case(layout=Layout(world=2, ep=2), model=GROUPED, batch=RAGGED, switches=GATHER, twin="other_dispatcher"),
+    Case(layout=Layout(world=2, tp=2), model=SHARED, batch=HOLES, ppo=SGD, twin="again"),
+    Case(layout=Layout(world=2, etp=2), model=GROUPED, batch=RAGGED, switches=Switches(perform_initialization=False)),
+    Case(layout=Layout(world=2, tp=2, ep=2), model=GROUPED, batch=HOLES, ppo=ADAM),
+    Case(layout=Layout(world=4, ep=2, etp=2), model=GROUPED, batch=RAGGED),
+    Case(layout=Layout(world=4, tp=2, ep=2), model=GROUPED, batch=RAGGED, ppo=ADAM),
+)
+
+
+def _first_broken(verdict: Verdict) -> str | None:
+    """The name of the first law in causal order that was broken: unlike the others it has no count."""
+    return None if verdict.violation is None else next(name for name in laws.NAMES if name not in verdict.counts)
+
+
+@pytest.fixture(scope="module")
+def healthy() -> Iterator[Trials]:
+    forking.warm_up()
+    trials = Trials(plants=known.mends())
+    yield trials
+    trials.close()
+
+
+@pytest.fixture
+def planted(request: pytest.FixtureRequest) -> Iterator[Trials]:
+    deadline = HASTE if request.param.startswith("liveness:") else 60.0
+    trials = Trials(plants=(*known.mends(), f"toy_models.planted.{request.param}"), deadline=deadline)
+    yield trials
+    trials.close()
+
+
+@pytest.mark.parametrize(("planted", "bug"), [(bug, bug) for bug in PLANTED], indirect=["planted"], ids=list(PLANTED))
+def test_a_planted_bug_breaks_its_law_first(planted: Trials, bug: str, healthy: Trials) -> None:
+    case, law = PLANTED[bug]
+    assert healthy.judge(case).violation is None
+    verdict = planted.judge(case)
+    assert _first_broken(verdict) == law.__name__, str(verdict.violation)
+
+
+def test_every_law_is_the_first_to_be_broken_by_some_bug() -> None:
+    first = {law.__name__ for _, law in PLANTED.values()} | {law.__name__ for law in IMPLIED}
+    assert first == set(laws.NAMES)
+
+
+def test_laws_are_silent_and_fire_on_a_healthy_system(healthy: Trials) -> None:
+    checked: Counter[str] = Counter()
+    for case in HEALTHY:
+        verdict = healthy.judge(case)
+        assert verdict.violation is None, str(verdict.violation)
+        checked.update(verdict.counts)
+    assert not [name for name in laws.NAMES if not checked[name]]
+
+
+# ---- laws that follow from others ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def observed(healthy: Trials) -> tuple[Case, Sequence[Observation], Observation]:
+    """A healthy case, what its one rank saw, and the reference."""
+    case, pool, truth = Case(), Ranks(1, start="fuzz.drive:start"), Ranks(1, start=None)
+    try:
+        ranks, [reference] = pool.run("fuzz.drive:step", case), truth.run("fuzz.truth:run", case)
+    finally:
+        pool.close()
+        truth.close()
+    return case, ranks, reference
+
+
+def _broken_by(law: Callable, case: Case, ranks: Sequence[Observation], reference: Observation) -> str:
+    with pytest.raises(Violation) as caught:
+        law(case, ranks, reference)
+    return caught.value.witness
+
+
+def test_a_wrong_norm_is_a_violation(observed: tuple) -> None:
+    case, ranks, reference = observed
+    key, norms = "0/0/critic_norm", reference.numbers
+    wrong = replace(reference, numbers={**norms, key: norms[key] * (1 + 1e-5)})
+    assert updates.gradient_norm_matches_the_reference(case, ranks, reference) == len(updates.TRAINED)
+    assert key in _broken_by(updates.gradient_norm_matches_the_reference, case, ranks, wrong)
+
+
+def test_a_wrong_weight_is_a_violation(observed: tuple) -> None:
+    case, ranks, reference = observed
+    key, tensors = "0/0/actor/weight/lm_head.weight", reference.tensors
+    wrong = replace(reference, tensors={**tensors, key: tensors[key] * (1 + 1e-9)})
+    assert updates.weights_and_moments_match_the_reference(case, ranks, reference) == len(updates.TRAINED)
+    assert key in _broken_by(updates.weights_and_moments_match_the_reference, case, ranks, wrong)
+
+
+# ---- the form of planted bugs ----------------------------------------------------------------------------------
+
+MODULES = ("dispatch", "gradients", "ppo_arithmetic", "losses", "state", "liveness")
+
+
+def _bugs() -> dict[str, Callable[[], None]]:
+    modules = {name: importlib.import_module(f"toy_models.planted.{name}") for name in MODULES}
+    made = {name: inspect.getmembers(module, inspect.isfunction) for name, module in modules.items()}
+    return {
+        f"{name}:{function.__name__}": function
+        for name, functions in made.items()
+        for _, function in functions
+        if function.__module__ == modules[name].__name__ and not function.__name__.startswith("_")
+    }
+
+
+def test_every_planted_bug_has_a_case() -> None:
+    assert set(_bugs()) == set(PLANTED)
+
+
+def test_every_planted_bug_says_what_breaks_where_from_and_the_smallest_layout() -> None:
+    for name, bug in _bugs().items():
+        what, where, minimal = [line for line in inspect.getdoc(bug).splitlines() if line]
+        assert what.endswith(".") and where.endswith("."), name
+        assert re.fullmatch(r"minimal: world=\d( (tp|ep|etp)=\d)*", minimal), name
