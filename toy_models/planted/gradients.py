@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -168,15 +169,15 @@ def gradients_not_zeroed() -> None:
     rewrite(ppo, "_train", ("role.module.zero_grad_buffer()", "pass"))
 
 
-def clipping_counts_experts_only() -> None:
-    """Only the last of the chained optimizers clips: dense gradients go through whole.
+def only_experts_are_clipped() -> None:
+    """Of the chained optimizers only that of the experts clips: dense gradients go through whole.
 
     No upstream commit; the class of NVIDIA/Megatron-LM#3024, clip coefficients that differ between parameters.
     minimal: world=2 ep=2
     """
 
     def around(original: Callable, parameters: Any, *args: Any, **kwargs: Any) -> None:
-        if not getattr(parameters[0], "allreduce", True):
+        if parallel_state.get_expert_model_parallel_world_size() == 1 or not getattr(parameters[0], "allreduce", True):
             original(parameters, *args, **kwargs)
 
     assert hasattr(clip_grads, "clip_grad_by_total_norm_fp32")

@@ -7,13 +7,20 @@ from toy_models import ppo
 from toy_models.planted.rewrite import rewrite
 
 
+def _rewrite_loss(role: str, old: str, new: str) -> None:
+    name = f"_{role}_loss"
+    assert ppo.LOSSES[role] is getattr(ppo, name)
+    rewrite(ppo, name, (old, new))
+    ppo.LOSSES[role] = getattr(ppo, name)
+
+
 def entropy_is_a_penalty() -> None:
     """The entropy bonus is added to the loss.
 
     NVIDIA/Megatron-LM#2374, commit ba9caf491e.
     minimal: world=1
     """
-    rewrite(ppo, "_actor_loss", ("policy - ppo.entropy_coef * entropy", "policy + ppo.entropy_coef * entropy"))
+    _rewrite_loss("actor", "policy - ppo.entropy_coef * entropy", "policy + ppo.entropy_coef * entropy")
 
 
 def policy_loss_is_a_mean_of_means() -> None:
@@ -22,7 +29,7 @@ def policy_loss_is_a_mean_of_means() -> None:
     NovaSky-AI/SkyRL#925, volcengine/verl#5625, huggingface/trl#7249.
     minimal: world=1
     """
-    rewrite(ppo, "_actor_loss", (".sum() * scale", ".sum() / mask.sum().clamp(min=1)"))
+    _rewrite_loss("actor", ".sum() * scale", ".sum() / mask.sum().clamp(min=1)")
 
 
 def value_loss_per_micro_batch() -> None:
@@ -31,7 +38,7 @@ def value_loss_per_micro_batch() -> None:
     volcengine/verl#6957, #5767 and #7110.
     minimal: world=1
     """
-    rewrite(ppo, "_critic_loss", ("loss.sum() * scale", "loss.sum() / mask.sum().clamp(min=1)"))
+    _rewrite_loss("critic", "loss.sum() * scale", "loss.sum() / mask.sum().clamp(min=1)")
 
 
 def value_loss_without_half() -> None:
@@ -40,7 +47,7 @@ def value_loss_without_half() -> None:
     volcengine/verl#2016, commit 6e15bbe25.
     minimal: world=1
     """
-    rewrite(ppo, "_critic_loss", ("0.5 * torch.maximum", "torch.maximum"))
+    _rewrite_loss("critic", "0.5 * torch.maximum", "torch.maximum")
 
 
 def value_clip_does_nothing() -> None:
@@ -49,7 +56,7 @@ def value_clip_does_nothing() -> None:
     google/tf-agents#352.
     minimal: world=1
     """
-    rewrite(ppo, "_critic_loss", ("clipped = old +", "old = values.detach()\n    clipped = old +"))
+    _rewrite_loss("critic", "clipped = old +", "old = values.detach()\n    clipped = old +")
 
 
 def new_log_probs_reported_from_the_old() -> None:
@@ -58,7 +65,7 @@ def new_log_probs_reported_from_the_old() -> None:
     Adapted from volcengine/verl#4778, commit f1d5e0e27: reports that are not of this step.
     minimal: world=1
     """
-    rewrite(ppo, "_actor_loss", ('"logp": logp.detach()', '"logp": old'))
+    _rewrite_loss("actor", '"logp": logp.detach()', '"logp": old')
 
 
 def clip_fraction_is_always_zero() -> None:
@@ -68,7 +75,7 @@ def clip_fraction_is_always_zero() -> None:
     minimal: world=1
     """
     old = "(mask & ((ratio - 1).abs() > ppo.clip_eps)).to(loss.dtype)"
-    rewrite(ppo, "_actor_loss", (old, "torch.zeros_like(ratio)"))
+    _rewrite_loss("actor", old, "torch.zeros_like(ratio)")
 
 
 def metrics_of_the_own_rank() -> None:

@@ -76,6 +76,7 @@ def update_without_temperature() -> None:
     """
     old = "token_logp(batch, logits_RWV, ppo.temperature)"
     rewrite(ppo, "_actor_loss", (old, "token_logp(batch, logits_RWV, 1.0)"))
+    ppo.LOSSES["actor"] = ppo._actor_loss
 
 
 def rows_not_put_back() -> None:
