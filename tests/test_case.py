@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
+from fuzz import case_json
 from fuzz.case import Case, Observation, Rollout, Update, Violation, twin_of
 from fuzz.case_json import SCHEMA, from_json, to_json
 from fuzz.strategies import cases
@@ -112,6 +113,20 @@ def test_the_kept_file_has_every_field_away_from_its_default(part: str) -> None:
     value, plain = (getattr(case, part) if part else case for case in (FILES[SCHEMA], Case()))
     same = {f.name for f in fields(value) if getattr(value, f.name) == getattr(plain, f.name)}
     assert same == ({"pp", "vpp", "cp"} if part == "layout" else set())
+
+
+def test_fields_of_a_later_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were `z_loss` and `seed` of the next schema, files of this one would load without them and not with them."""
+    monkeypatch.setattr(case_json, "SCHEMA", SCHEMA + 1)
+    monkeypatch.setattr(case_json, "SINCE", {"model.z_loss": SCHEMA + 1, "seed": SCHEMA + 1})
+    assert from_json(_file(model__z_loss=..., seed=...)) == Case()
+    for text, said in [
+        (_file(seed=...), "model has unknown fields 'z_loss'"),
+        (_file(model__z_loss=...), "the case has unknown fields 'seed'"),
+        (_file(schema=SCHEMA + 1, seed=...), f"lacks 'seed', which schema {SCHEMA + 1} has"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            from_json(text)
 
 
 def test_hostile_files_are_refused_or_valid() -> None:

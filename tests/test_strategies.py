@@ -57,6 +57,10 @@ MINIMA: dict[str, tuple[Callable[[Case], bool], Case]] = {
         Case(layout=Layout(world=2, etp=2), model=MoEModel(ffn=4), batch=Batch(rows=2)),
     ),
     "tp": (lambda c: c.layout.tp >= 2, Case(layout=Layout(world=2, tp=2), model=MoEModel(heads=2, kv_heads=2))),
+    "ep_and_etp": (
+        lambda c: c.layout.ep >= 2 and c.layout.etp >= 2,
+        Case(layout=Layout(world=4, ep=2, etp=2), model=MoEModel(ffn=4), batch=Batch(rows=4)),
+    ),
     "top_k": (lambda c: c.model.top_k >= 2, Case(model=MoEModel(top_k=2))),
     "layers": (lambda c: c.model.layers >= 2, Case(model=MoEModel(layers=2))),
     "aux_loss": (lambda c: c.model.aux_loss > 0, Case(model=MoEModel(aux_loss=1.0))),
