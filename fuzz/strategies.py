@@ -196,7 +196,7 @@ def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family:
         shared_ffn=shared if chosen == "qwen2moe" else 0,
         vocab=layout.tp * draw(st.integers(-(-8 // layout.tp), 16 // layout.tp)),
         tied=_option(draw, busy),
-        skew=_switched(draw, busy, 0.0, (1.0, 4.0, 2.0)),
+        skew=_switched(draw, busy, 0.0, (4.0, 10.0, 1.0)),
         aux_loss=_switched(draw, busy, 0.0, (1.0, 0.3, 7.0)),
         z_loss=_switched(draw, busy, 0.0, (0.1, 0.03, 1.0)),
     )

@@ -26,7 +26,7 @@ class Verdict:
     violation: Violation | None
     doubts: Sequence[str]
     ill_conditioned: bool
-    facts: Mapping[str, float]
+    facts: Mapping[str, bool]
     seconds: Mapping[str, float]
 
 
@@ -50,7 +50,7 @@ class Trials:
             counts, again = judge(case, ranks, self._moving(case, reference), twin)
             ill, violation = again is None, again
         seconds = dict(ranks[0].seconds) | {f"reference.{k}": v for k, v in reference.seconds.items()}
-        return Verdict(case, counts, violation, doubts(case, reference), ill, _facts(case, reference), seconds)
+        return Verdict(case, counts, violation, doubts(case, reference), ill, _facts(ranks, reference), seconds)
 
     def close(self) -> None:
         """End all processes."""
@@ -111,18 +111,13 @@ def _reference_key(case: Case) -> tuple:
     return (*key, partition(case.layout, case.batch, case.ppo), padded_width(case.layout, case.batch))
 
 
-def _facts(case: Case, reference: Observation) -> dict[str, float]:
-    """What the summary counts about a case: starved experts, starved EP ranks, clipping of policy and values."""
-    later = [k for k in reference.numbers if k.endswith("clip_fraction") and "/0/" not in k[1:]]
+def _facts(ranks: Sequence[Observation], reference: Observation) -> dict[str, bool]:
+    """What the summary counts about a case: starved experts, starved ranks, clipping of policy and values."""
+    counts = [t for rank in ranks for key, t in rank.tensors.items() if key.endswith("/counts")]
+    clipped = {key: n for key, n in reference.numbers.items() if key.endswith("clip_fraction")}
     return {
-        "starved_experts": _starved(case, reference, 1),
-        "starved_ranks": _starved(case, reference, case.model.experts // case.layout.ep),
-        "policy_clipped": any(reference.numbers[k] > 0 for k in later if k.endswith("/clip_fraction")),
-        "values_clipped": any(reference.numbers[k] > 0 for k in later if k.endswith("value_clip_fraction")),
+        "starved_experts": any(bool((tokens == 0).any()) for tokens in counts),
+        "starved_ranks": any(int(tokens.sum()) == 0 for tokens in counts),
+        "policy_clipped": any(n > 0 for key, n in clipped.items() if key.endswith("/clip_fraction")),
+        "values_clipped": any(n > 0 for key, n in clipped.items() if key.endswith("/value_clip_fraction")),
     }
-
-
-def _starved(case: Case, reference: Observation, width: int) -> int:
-    """Groups of `width` neighbouring experts to which no token of the batch goes, over all layers."""
-    layers = reference.facts["0/tokens_per_expert"]
-    return sum(not sum(counts[e : e + width]) for counts in layers for e in range(0, len(counts), width))

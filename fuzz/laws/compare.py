@@ -178,12 +178,25 @@ def compare(
     return Finding(witness, *numbers, f"{name} differs by {gap:.2e} of its scale {scale:.3g}; the bound is {bound:.1e}")
 
 
+def summands(case: Case, reference: Observation, iteration: str, role: str) -> float:
+    """The size of what a gradient is summed from, and which may cancel to nothing while its rounding stays.
+
+    Advantages (a saturated policy: 1 - p), errors of values, coefficients of the entropy and of balance losses.
+    """
+    seen = {name: reference.tensors[f"{iteration}/{name}"] for name in ("advantages", "returns", "values")}
+    own = seen["advantages"] if role == "actor" else seen["returns"] - seen["values"]
+    entropy = abs(case.ppo.entropy_coef) if role == "actor" else 0.0
+    return float(own.abs().max()) + entropy + case.model.aux_loss + case.model.z_loss
+
+
 def scales(case: Case, reference: Observation, prefix: str, names: Iterable[str]) -> dict[str, float]:
     """Per tensor max(max|b|, s): what a difference is measured against."""
     greatest = {name: float(reference.tensors[f"{prefix}/{name}"].abs().max()) for name in names}
-    # Balance losses put terms of the order of their coefficients into gradients, which may cancel to nothing.
-    summands = case.model.aux_loss + case.model.z_loss if prefix.endswith("/grad") else 0.0
-    floor = FLOOR[case.precision] * max(statistics.median(greatest.values()), summands)
+    iteration, _, role, kind = prefix.split("/")
+    size = summands(case, reference, iteration, role)
+    share = {"grad": size, "momentum_buffer": size, "exp_avg": (1 - case.ppo.beta1) * size}
+    share["exp_avg_sq"] = (1 - case.ppo.beta2) * size**2
+    floor = FLOOR[case.precision] * max(statistics.median(greatest.values()), share.get(kind, 0.0))
     return {name: max(value, floor) for name, value in greatest.items()}
 
 
