@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from operator import attrgetter
 from types import SimpleNamespace
@@ -109,17 +109,10 @@ def test_every_case_draws_equally_many_choices(pins: dict[str, Any], monkeypatch
 def test_no_draw_has_a_single_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """`sampled_from` draws nothing where it has one value: the number of choices would hang on the layout."""
     shortest: list[int] = []
-    monkeypatch.setattr(strategies, "st", SimpleNamespace(**vars(st) | {"sampled_from": _noting(shortest)}))
+    noting = {"sampled_from": lambda values: shortest.append(len(values)) or st.sampled_from(values)}
+    monkeypatch.setattr(strategies, "st", SimpleNamespace(**vars(st) | noting))
     drawn(cases(max_ranks=8), 60)
     assert min(shortest) >= 2
-
-
-def _noting(lengths: list[int]) -> Callable[[Sequence], SearchStrategy]:
-    def sampled_from(values: Sequence) -> SearchStrategy:
-        lengths.append(len(values))
-        return st.sampled_from(values)
-
-    return sampled_from
 
 
 # ---- what is reached -------------------------------------------------------------------------------------------
@@ -134,14 +127,13 @@ def test_every_layout_is_drawn() -> None:
 
 # Every bag of values that a case is filled from, by the path of its field.
 REACHED: dict[str, tuple[Any, ...]] = {
-    "layout.world": (1, 2, 4),
     "model.family": FAMILIES,
     "model.layers": (1, 2),
     "model.experts": (2, 3, 4, 5, 6, 8),
     "model.top_k": (1, 2, 3, 4),
     "model.norm_topk_prob": (False, True),
     "model.tied": (False, True),
-    "model.skew": (0.0, 1.0, 4.0, 2.0),
+    "model.skew": (0.0, 4.0, 10.0, 1.0),
     "model.aux_loss": (0.0, 1.0, 0.3, 7.0),
     "model.z_loss": (0.0, 0.1, 0.03, 1.0),
     "batch.raggedness": RAGGEDNESS,
@@ -189,8 +181,7 @@ def test_clipping_is_on_in_about_half_of_the_cases() -> None:
 
 PINS: tuple[dict[str, Any], ...] = (
     {"world": 8},
-    {"max_ranks": 2},
-    {"ep": 4},
+    {"max_ranks": 2, "ep": 2},
     {"tp": 2, "etp": 1},
     {"world": 4, "tp": 2, "ep": 2, "etp": 2},
     {"max_ranks": 8, "tp": 8},
@@ -211,7 +202,7 @@ def _has(case: Case, name: str, value: Any) -> bool:
 @pytest.mark.parametrize("pins", PINS, ids=str)
 def test_pins_are_honoured(pins: dict[str, Any]) -> None:
     """A pin holds in every case; what it needs elsewhere follows."""
-    for case in drawn(cases(**pins), 15):
+    for case in drawn(cases(**pins), 8):
         assert all(_has(case, name, value) for name, value in pins.items()), case
 
 
@@ -231,7 +222,6 @@ def test_every_degree_of_a_layout_can_be_pinned(name: str) -> None:
         (lambda: cases(world=0), ["world=0"]),
         (lambda: cases(family="llama"), ["family='llama'", *FAMILIES]),
         (lambda: cases(twin="none"), ["twin='none'", *TWINS]),
-        (lambda: layouts(ep=3, world=4), ["world=4", "ep=3"]),
         (lambda: layouts(pp=2), ["pp", "tp, ep, etp, dp, edp"]),
     ],
 )
