@@ -109,7 +109,7 @@ def _process_groups() -> None:
 
     class OnSharedDevice(ProcessGroupGloo):
         def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
-            options = ProcessGroupGloo._Options()
+            options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             options._timeout, options._devices, options._threads = timeout, [device], 1
             super().__init__(store, rank, size, options)
 
