@@ -69,6 +69,10 @@ class Case:
 
     __repr__ = _short
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Hypothesis prints what was drawn in this form."""
+        printer.text(repr(self))
+
 
 def _listed(numbers: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in numbers.items())

@@ -40,7 +40,7 @@ KNOWN = (
     ),
     Known(
         id="norm-of-uninitialized-shards",
-        upstream="mended by 0.19.2 without an issue; docs/findings/norm-of-uninitialized-shards.md",
+        upstream="NVIDIA/Megatron-LM#4084, commit a8bad4b441; docs/findings/norm-of-uninitialized-shards.md",
         lives=("0.16.1",),
         # Only the weight initialisers mark a shard as tensor parallel, and the norm counts no other shard of TP rank 1.
         covers=lambda case: not case.switches.perform_initialization and max(case.layout.tp, case.layout.etp) > 1,

@@ -12,6 +12,7 @@ from fuzz.laws import advantages, dispatch, forward, liveness, state, twins, upd
 Law = Callable[[Case, Sequence[Observation], Observation], int]
 
 LAWS: tuple[Law, ...] = (
+    state.everything_asked_for_is_done,
     state.ranks_sit_where_the_order_says,
     state.forward_passes_change_nothing,
     dispatch.routing_is_valid,

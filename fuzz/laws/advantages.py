@@ -13,7 +13,8 @@ def _rewards(case: Case, seen: dict[str, torch.Tensor]) -> torch.Tensor:
     """R = -kl_coef·(old - ref) on the mask, plus the score at the last sampled token."""
     rewards = -case.ppo.kl_coef * (seen["old_logp"] - seen["ref_logp"]) * seen["mask"]
     for row, mask in enumerate(seen["mask"]):
-        rewards[row, int(mask.nonzero().max())] += seen["scores"][row]
+        for last in mask.nonzero().flatten()[-1:]:  # none where nothing was sampled, which breaks another law
+            rewards[row, last] += seen["scores"][row]
     return rewards
 
 

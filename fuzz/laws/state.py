@@ -10,6 +10,31 @@ from fuzz.laws.compare import STATES, TRAINED, Finding, iterations, steps, updat
 from toy_models import weights
 
 
+def _due(case: Case, rank: int, reference: Observation) -> list[str]:
+    """The keys that a rank must have observed: those of the reference, less the experts that it does not hold."""
+    due = []
+    for key in reference.tensors:
+        parts = key.split("/")
+        held = len(parts) < 5 or parts[4] in weights.held(case.model, case.layout, parts[2], rank)
+        if held and "margin" not in parts:
+            due.append(key)
+    return due
+
+
+def everything_asked_for_is_done(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """Every rank has every rollout, every optimizer step of every epoch, and every tensor of them that it holds."""
+    judged = 0
+    for rank in ranks:
+        due = _due(case, rank.rank, reference)
+        missing = [key for key in due if key not in rank.tensors]
+        if missing:
+            said = f"{len(missing)} of {len(due)} tensors are missing on rank {rank.rank}, {missing[0]} first"
+            finding = Finding(f"rank {rank.rank}, {missing[0]}", f"{len(due)} tensors", f"{len(missing)} missing", said)
+            raise Violation(case, "everything asked for is done", *finding)
+        judged += len(due)
+    return judged
+
+
 def _groups(case: Case, role: str) -> dict[tuple, list[int]]:
     """(name, slice) -> the ranks that hold it."""
     groups: dict[tuple, list[int]] = defaultdict(list)

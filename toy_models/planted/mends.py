@@ -49,7 +49,7 @@ def _mark(parallel: Any) -> None:
 def shards_marked_without_initialization() -> None:
     """perform_initialization=False: sharded weights are marked all the same, so that gradient norms count them.
 
-    Found here, mended by 0.19.2; in 0.16.1 only the initialisers set the mark (`tensor_parallel/layers.py`).
+    NVIDIA/Megatron-LM#4084, commit a8bad4b441; in 0.16.1 only the initialisers set the mark.
     """
     for owner in (*LINEARS, layers.VocabParallelEmbedding):
         _after_init(owner, _mark)
