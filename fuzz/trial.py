@@ -11,7 +11,7 @@ from fuzz.case import Case, HarnessFault, Observation, Violation, twin_of
 from fuzz.laws import judge
 from fuzz.laws.compare import doubts, forced_tokens
 from fuzz.ranks import Ranks
-from toy_models.spec import padded_width, partition
+from toy_models.batching import padded_width, partition
 
 KEPT_REFERENCES = 64
 KEPT_POOLS = 3
@@ -33,7 +33,7 @@ class Verdict:
 class Trials:
     """The pools of rank processes and the reference's process, warm for one run; `plants` are applied in every rank."""
 
-    def __init__(self, plants: tuple[str, ...] = (), deadline: float = 60.0) -> None:
+    def __init__(self, plants: tuple[str, ...] = (), deadline: float = 30.0) -> None:
         self.plants, self.deadline = plants, deadline
         self._pools: OrderedDict[int, Ranks] = OrderedDict()
         self._truth: Ranks | None = None
@@ -42,15 +42,16 @@ class Trials:
     def judge(self, case: Case) -> Verdict:
         """Run a case, and its twin if it has one, and judge everything that was seen."""
         reference = self._reference(case)
-        ranks = self._ranks(case, reference)
-        twin = self._ranks(twin_of(case), reference) if case.twin else []
+        ranks, passing = self._ranks(case, reference)
+        twin, also_passing = self._ranks(twin_of(case), reference) if case.twin else ([], [])
         counts, violation = judge(case, ranks, reference, twin)
         ill = False
         if violation is not None and _done(ranks) and _done(twin):
             counts, again = judge(case, ranks, self._moving(case, reference), twin)
             ill, violation = again is None, again
         seconds = dict(ranks[0].seconds) | {f"reference.{k}": v for k, v in reference.seconds.items()}
-        return Verdict(case, counts, violation, doubts(case, reference), ill, _facts(ranks, reference), seconds)
+        why = [*doubts(case, reference), *passing, *also_passing]
+        return Verdict(case, counts, violation, why, ill, _facts(ranks, reference), seconds)
 
     def close(self) -> None:
         """End all processes."""
@@ -59,14 +60,23 @@ class Trials:
         self._pools.clear()
         self._truth = None
 
-    def _ranks(self, case: Case, reference: Observation) -> list[Observation]:
-        world = case.layout.world
+    def _ranks(self, case: Case, reference: Observation) -> tuple[list[Observation], list[str]]:
+        """What the ranks saw. A death or a hang is confirmed in a fresh pool: one that does not recur is no finding."""
+        pool, arguments = self._pool(case.layout.world), (case, forced_tokens(case, reference))
+        first = pool.run("fuzz.drive:step", *arguments)
+        lost = [rank for rank in first if rank.outcome in ("died", "hung")]
+        if not lost:
+            return first, []
+        again = pool.run("fuzz.drive:step", *arguments)
+        return again, ["a rank was lost once, and not when the case ran again"] if _done(again) else []
+
+    def _pool(self, world: int) -> Ranks:
         if world not in self._pools:
             self._make_room()
             start = "fuzz.drive:start"
             self._pools[world] = Ranks(world, start=start, plants=self.plants, deadline=self.deadline)
         self._pools.move_to_end(world)
-        return self._pools[world].run("fuzz.drive:step", case, forced_tokens(case, reference))
+        return self._pools[world]
 
     def _make_room(self) -> None:
         if len(self._pools) >= KEPT_POOLS:

@@ -26,13 +26,14 @@ class Row:
     types: str = ""  # under TYPE_CHECKING only
 
 
-LAWS = Row("torch.* fuzz.case fuzz.laws.* toy_models.spec toy_models.weights")
+LAWS = Row("torch.* fuzz.case fuzz.laws.* toy_models.batching toy_models.spec toy_models.weights")
 REFERENCE = Row(
-    "torch.* transformers.* toy_models.spec toy_models.families toy_models.weights toy_models.precision "
-    "toy_models.reference_model toy_models.reference_rollout toy_models.reference_update"
+    "torch.* transformers.* toy_models.batching toy_models.spec toy_models.families toy_models.weights "
+    "toy_models.precision toy_models.reference_model toy_models.reference_rollout toy_models.reference_update"
 )
 SYSTEM = Row(
     "torch.* torch.distributed.* megatron.core.* toy_models.spec toy_models.families toy_models.weights "
+    "toy_models.batching toy_models.megatron_names "
     "toy_models.precision toy_models.megatron toy_models.ppo toy_models.planted.*"
 )
 PARENT = Row(
@@ -58,7 +59,7 @@ TABLE = {
     "fuzz.strategies": Row("hypothesis.* fuzz.case toy_models.spec"),
     "fuzz.summary": Row("rich.* fuzz.known fuzz.laws fuzz.strategies fuzz.trial"),
     "fuzz.test_ep_ppo_props": PARENT,
-    "fuzz.trial": Row("fuzz.case fuzz.laws.* fuzz.ranks toy_models.spec"),
+    "fuzz.trial": Row("fuzz.case fuzz.laws.* fuzz.ranks toy_models.batching toy_models.spec"),
     "fuzz.truth": Row("torch.* fuzz.case toy_models.reference"),
     "toy_models": Row(),
     "toy_models.families": Row("torch.* transformers.* toy_models.spec"),
@@ -71,7 +72,9 @@ TABLE = {
     "toy_models.reference_rollout": REFERENCE,
     "toy_models.reference_update": REFERENCE,
     "toy_models.spec": Row(),
-    "toy_models.weights": Row("torch.* transformers.* toy_models.spec"),
+    "toy_models.batching": Row("toy_models.spec"),
+    "toy_models.megatron_names": Row("torch.* toy_models.spec toy_models.weights"),
+    "toy_models.weights": Row("torch.* transformers.* toy_models.batching toy_models.spec"),
 }
 APART = ("torch.distributed",)  # not meant by `torch.*`: only who communicates may have it
 

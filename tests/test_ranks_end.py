@@ -44,7 +44,9 @@ def test_helpers_that_a_rank_forks_die_with_it() -> None:
 
 
 PARENT = """
-import os, sys
+import os, signal, sys
+# A shell starts background jobs with SIGINT ignored, and Python keeps it so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from multiprocessing import forkserver, resource_tracker, util
 from fuzz import forking
 from fuzz.ranks import Ranks

@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from toy_models import families, reference, reference_model, reference_rollout, spec, weights
+from toy_models import batching, families, reference, reference_model, reference_rollout, weights
 from toy_models import reference_update as update
+from toy_models.batching import end_token, uniform
 from toy_models.precision import keep_float64
-from toy_models.spec import FAMILIES, PPO, Batch, Layout, MoEModel, Switches, end_token, uniform
+from toy_models.spec import FAMILIES, PPO, Batch, Layout, MoEModel, Switches
 
 MODELS = {
     "qwen3moe": MoEModel(layers=2, experts=4, top_k=2, norm_topk_prob=True, hidden=12, heads=4, kv_heads=2, ffn=6),
@@ -137,10 +138,10 @@ def test_the_margin_is_the_distance_to_the_nearest_boundary_that_matters() -> No
 
 def replayed(case: Any, seen: dict[str, Any], row: int) -> tuple[list[int], list[int]]:
     """What the page says a row's response and mask must be, given the logits that were observed."""
-    start = len(spec.prompt_tokens(case.model, case.batch, case.seed, 0)[row])
+    start = len(batching.prompt_tokens(case.model, case.batch, case.seed, 0)[row])
     tokens, mask = [], []
-    for j in range(spec.response_limits(case.batch, case.seed)[row]):
-        forced = spec.forced_token(case.model, case.batch, case.seed, 0, row, j)
+    for j in range(batching.response_limits(case.batch, case.seed)[row]):
+        forced = batching.forced_token(case.model, case.batch, case.seed, 0, row, j)
         p = (seen["0/logits"][row, start + j - 1] / case.ppo.temperature).softmax(-1)
         u = uniform("sample", case.seed, 0, row, j)
         tokens.append(reference_rollout.sample(p, u) if forced is None else forced)
@@ -154,7 +155,7 @@ def replayed(case: Any, seen: dict[str, Any], row: int) -> tuple[list[int], list
 def test_every_row_is_what_its_logits_and_uniforms_say(seed: int) -> None:
     case = make(seed=seed, program=(Rollout(),), ppo=PPO(temperature=0.7))
     seen = reference.run(case)["tensors"]
-    for row, prompt in enumerate(spec.prompt_tokens(case.model, case.batch, seed, 0)):
+    for row, prompt in enumerate(batching.prompt_tokens(case.model, case.batch, seed, 0)):
         tokens, mask = replayed(case, seen, row)
         padded = [*prompt, *tokens] + [0] * (7 - len(prompt) - len(tokens))
         assert seen["0/tokens"][row].tolist() == padded

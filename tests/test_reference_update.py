@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from toy_models import families, reference, reference_model, spec, weights
+from toy_models import batching, families, reference, reference_model, weights
 from toy_models import reference_update as update
 from toy_models.precision import keep_float64
 from toy_models.spec import FAMILIES, PPO, Batch, Layout, MoEModel, Switches
@@ -108,8 +108,8 @@ def plain_critic(ppo: PPO, seen: dict, row: int, j: int, v: torch.Tensor, token:
 def plain_loss(case: Any, seen: dict, role: str, mini: int, state: dict[str, torch.Tensor]) -> float:
     """The whole loss of one mini-batch, micro-batch by micro-batch, token by token."""
     term = plain_actor if role == "actor" else plain_critic
-    lengths = spec.prompt_lengths(case.batch, case.seed)
-    micros = [micro for share in spec.partition(case.layout, case.batch, case.ppo).micro[mini] for micro in share]
+    lengths = batching.prompt_lengths(case.batch, case.seed)
+    micros = [micro for share in batching.partition(case.layout, case.batch, case.ppo).micro[mini] for micro in share]
     terms, balance = [], 0.0
     for micro in micros:
         one = reference_model.forward(case.model, state, seen["0/tokens"][list(micro)])

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import (
     vocab_parallel_cross_entropy,
 )
 
-from toy_models import spec
+from toy_models import batching
 from toy_models.megatron import Role
 
 Roles = Mapping[str, Role]
@@ -139,9 +139,9 @@ def last_score(batch: Rollout, output_RW1: torch.Tensor) -> torch.Tensor:
 
 
 def _prompts(case: Any, rows: tuple[int, ...], iteration: int) -> Rollout:
-    batch, pad = case.batch, spec.pad_token(case.model, case.batch)
-    prompts = spec.prompt_tokens(case.model, batch, case.seed, iteration)
-    tokens = torch.full((len(rows), spec.padded_width(case.layout, batch)), pad)
+    batch, pad = case.batch, batching.pad_token(case.model, case.batch)
+    prompts = batching.prompt_tokens(case.model, batch, case.seed, iteration)
+    tokens = torch.full((len(rows), batching.padded_width(case.layout, batch)), pad)
     for i, row in enumerate(rows):
         tokens[i, : len(prompts[row])] = torch.tensor(prompts[row])
     lengths = torch.tensor([len(prompts[row]) for row in rows])
@@ -165,11 +165,11 @@ def _last_logits(batch: Rollout, logits_RWV: torch.Tensor) -> torch.Tensor:
 
 def _put(case: Any, rollout: Rollout, drawn_R: torch.Tensor, position: int, iteration: int, forced: Mapping) -> None:
     """Append one token, in place, to every row that has not sampled the end nor met its limit."""
-    limits = spec.response_limits(case.batch, case.seed)
+    limits = batching.response_limits(case.batch, case.seed)
     for i, row in enumerate(rollout.rows):
         if not _goes_on(case, rollout, i, position, limits[row]):
             continue
-        observed = spec.forced_token(case.model, case.batch, case.seed, iteration, row, position)
+        observed = batching.forced_token(case.model, case.batch, case.seed, iteration, row, position)
         token = forced.get((row, position), int(drawn_R[i])) if observed is None else observed
         rollout.tokens_RW[i, rollout.prompts_R[i] + position] = token
         rollout.mask_RT[i, position] = observed is None
@@ -180,7 +180,7 @@ def _goes_on(case: Any, rollout: Rollout, i: int, position: int, limit: int) -> 
     if rollout.responses_R[i] < position or position >= limit:
         return False
     last = rollout.tokens_RW[i, rollout.prompts_R[i] + position - 1]
-    ended = position > 0 and bool(rollout.mask_RT[i, position - 1]) and last == spec.end_token(case.model)
+    ended = position > 0 and bool(rollout.mask_RT[i, position - 1]) and last == batching.end_token(case.model)
     return not ended
 
 
@@ -190,11 +190,11 @@ def roll_out(case: Any, actor: Role, iteration: int, forced: Mapping[tuple[int, 
     All ranks call the model equally often: experts serve the rows of other DP ranks, so a rank whose rows have
     ended goes on until the longest row of all has.
     """
-    parts = spec.partition(case.layout, case.batch, case.ppo)
+    parts = batching.partition(case.layout, case.batch, case.ppo)
     rollout = _prompts(case, parts.rows_of(parallel_state.get_data_parallel_rank()), iteration)
-    for position in range(max(spec.response_limits(case.batch, case.seed))):
+    for position in range(max(batching.response_limits(case.batch, case.seed))):
         [logits_RV] = _evaluate(actor, [rollout], _last_logits)
-        uniforms = [spec.uniform("sample", case.seed, iteration, row, position) for row in rollout.rows]
+        uniforms = [batching.uniform("sample", case.seed, iteration, row, position) for row in rollout.rows]
         _put(case, rollout, sample(logits_RV, uniforms, case.ppo.temperature), position, iteration, forced)
     return rollout
 
@@ -330,7 +330,7 @@ def _train(
 
 def update(case: Any, roles: Roles, experience: Experience, watch: Watch) -> list[dict[str, float]]:
     """All epochs over all mini-batches, one optimizer step of actor and critic each; metrics of every step."""
-    parts = spec.partition(case.layout, case.batch, case.ppo)
+    parts = batching.partition(case.layout, case.batch, case.ppo)
     dp_rank = parallel_state.get_data_parallel_rank()
     history = []
     for step in range(case.ppo.epochs * case.ppo.mini_batches):

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from toy_models import reference_update as update
+from toy_models.batching import partition
 from toy_models.families import Tensors, from_hf
 from toy_models.precision import keep_float64
 from toy_models.reference_model import Pass, forward, initial, routing_gap, tokens_per_expert
 from toy_models.reference_rollout import Responses, forced_responses, rollout, sampling_margin
 from toy_models.reference_update import Trained
-from toy_models.spec import partition
 from toy_models.weights import ROLES
 
 

@@ -15,8 +15,9 @@ from torch.func import functional_call
 from transformers import AutoModel, PreTrainedModel
 
 from toy_models import families, weights
+from toy_models.batching import uniform
 from toy_models.families import Tensors
-from toy_models.spec import MoEModel, uniform
+from toy_models.spec import MoEModel
 
 
 class Routing(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from toy_models import spec
+from toy_models import batching
 from toy_models.families import Tensors
 from toy_models.reference_model import forward
 
@@ -60,11 +60,11 @@ class Responses:
 
 def _padding(case: Any) -> Responses:
     """No prompt and no response yet: the padding token everywhere."""
-    width = spec.padded_width(case.layout, case.batch)
-    pad = spec.pad_token(case.model, case.batch)
+    width = batching.padded_width(case.layout, case.batch)
+    pad = batching.pad_token(case.model, case.batch)
     sequences = torch.full((case.batch.rows, width), pad, dtype=torch.int64)
     mask = torch.zeros(case.batch.rows, case.batch.response, dtype=torch.int64)
-    return Responses(sequences, mask, spec.prompt_lengths(case.batch, case.seed), case.batch.prompt)
+    return Responses(sequences, mask, batching.prompt_lengths(case.batch, case.seed), case.batch.prompt)
 
 
 def forced_responses(case: Any, tokens: torch.Tensor, mask: torch.Tensor) -> Responses:
@@ -84,9 +84,9 @@ def sample(p_V: torch.Tensor, u: float) -> int:
 def rollout(case: Any, actor: Tensors, iteration: int) -> Responses:
     """Sample all responses, row by row and position by position."""
     made = _padding(case)
-    for row, prompt in enumerate(spec.prompt_tokens(case.model, case.batch, case.seed, iteration)):
+    for row, prompt in enumerate(batching.prompt_tokens(case.model, case.batch, case.seed, iteration)):
         made.sequences[row, : len(prompt)] = torch.tensor(prompt)
-    limits = spec.response_limits(case.batch, case.seed)
+    limits = batching.response_limits(case.batch, case.seed)
     alive = list(range(case.batch.rows))
     for j in range(case.batch.response):
         alive = [row for row in alive if j < limits[row]]
@@ -101,13 +101,13 @@ def _extend(case: Any, actor: Tensors, iteration: int, made: Responses, alive: l
     z = forward(case.model, actor, made.sequences[alive, : max(lengths)]).output
     going_on = []
     for index, (row, length) in enumerate(zip(alive, lengths, strict=True)):
-        token = spec.forced_token(case.model, case.batch, case.seed, iteration, row, j)
+        token = batching.forced_token(case.model, case.batch, case.seed, iteration, row, j)
         sampled = token is None
         if token is None:
             p_V = (z[index, length - 1] / case.ppo.temperature).softmax(-1)
-            token = sample(p_V, spec.uniform("sample", case.seed, iteration, row, j))
+            token = sample(p_V, batching.uniform("sample", case.seed, iteration, row, j))
         made.sequences[row, length], made.mask[row, j] = token, int(sampled)
-        if not (sampled and token == spec.end_token(case.model)):
+        if not (sampled and token == batching.end_token(case.model)):
             going_on.append(row)
     return going_on
 
@@ -120,7 +120,7 @@ def sampling_margin(case: Any, of: Responses, z_RWV: torch.Tensor, iteration: in
     p_RJV = (of.at_predictions(z_RWV) / case.ppo.temperature).softmax(-1)
     margin = torch.full(of.mask.shape, float("inf"), dtype=torch.float64)
     for row, j in of.mask.nonzero().tolist():
-        u = spec.uniform("sample", case.seed, iteration, row, j)
+        u = batching.uniform("sample", case.seed, iteration, row, j)
         margin[row, j] = _distance(p_RJV[row, j], int(of.targets[row, j]), u)
     return margin
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from toy_models.spec import Layout, MoEModel, uniform
+from toy_models.batching import uniform
+from toy_models.spec import Layout, MoEModel
 
 ROLES = ("actor", "critic", "reference", "reward")
 Shape = tuple[int, ...]

@@ -11,7 +11,7 @@ import torch
 
 from fuzz.case import Case, Observation
 from toy_models import weights
-from toy_models.spec import partition, prompt_lengths
+from toy_models.batching import partition, prompt_lengths
 
 TRAINED = ("actor", "critic")
 STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}

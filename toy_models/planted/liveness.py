@@ -22,8 +22,8 @@ def generation_ends_with_the_own_rows() -> None:
     Adapted from huggingface/trl's synced_gpus: all ranks must generate for as long as the longest row.
     minimal: world=2 ep=2
     """
-    old = "max(spec.response_limits(case.batch, case.seed))"
-    own = "max(spec.response_limits(case.batch, case.seed)[row] for row in rollout.rows)"
+    old = "max(batching.response_limits(case.batch, case.seed))"
+    own = "max(batching.response_limits(case.batch, case.seed)[row] for row in rollout.rows)"
     rewrite(ppo, "roll_out", (old, own))
 
 

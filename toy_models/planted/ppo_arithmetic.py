@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from toy_models import ppo, spec
+from toy_models import batching, ppo
 from toy_models.planted.rewrite import rewrite, wrap
 
 # ---- rollout and log-probs -------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def end_tokens_are_not_trained() -> None:
     def around(original: Callable, case: Any, *args: Any) -> Any:
         rollout = original(case, *args)
         responses = rollout.tokens_RW.gather(1, (rollout.states_RT + 1))
-        rollout.mask_RT.logical_and_(responses != spec.pad_token(case.model, case.batch))
+        rollout.mask_RT.logical_and_(responses != batching.pad_token(case.model, case.batch))
         return rollout
 
     wrap(ppo, "roll_out", around)

@@ -1,0 +1,59 @@
+"""Generated cases in a row, judged by all laws, no shrinking: `python benchmarks/soak.py [--cases 500] [--seed 0]`.
+
+Prints every violation and ill-conditioned case, then the summary; exit code 1 where a law was broken or never fired.
+"""
+
+import argparse
+import sys
+
+from hypothesis import HealthCheck, given, seed, settings
+from rich.console import Console
+from rich.progress import track
+
+from fuzz import known, laws, summary
+from fuzz.case import Case
+from fuzz.strategies import cases
+from fuzz.trial import Trials
+
+LEAST = 20  # cases in which every law must have had something to check
+
+
+def drawn(number: int, start: int, most: int) -> list[Case]:
+    """`number` cases of the dev strategies from one seed."""
+    found: list[Case] = []
+
+    @seed(start)
+    @settings(max_examples=number, database=None, suppress_health_check=list(HealthCheck))
+    @given(cases(max_ranks=most))
+    def collect(case: Case) -> None:
+        found.append(case)
+
+    collect()
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-ranks", type=int, default=4)
+    asked = parser.parse_args()
+    tally: summary.Tally = {}
+    trials, broken = Trials(plants=known.mends()), 0
+    for case in track(drawn(asked.cases, asked.seed, asked.max_ranks), description="cases"):
+        verdict = trials.judge(case)
+        summary.count(tally, verdict)
+        if verdict.violation is not None:
+            broken += 1
+            print(verdict.violation)
+        elif verdict.ill_conditioned:
+            print(f"ill-conditioned: {case!r}")
+    trials.close()
+    summary.write(tally, Console(width=110))
+    rare = ", ".join(law for law in laws.NAMES if tally["fired"].get(law, 0) < LEAST)
+    print(f"{broken} of {asked.cases} cases broke a law; laws that fired in fewer than {LEAST}: {rare or 'none'}")
+    return int(bool(broken or rare))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
