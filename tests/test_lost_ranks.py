@@ -1,10 +1,11 @@
-"""A rank that is killed from outside, in the middle of a case, costs nothing: no finding, no hang, the case is judged."""
+"""A rank that is killed from outside, in the middle of a case, costs nothing: no finding, no hang, all is judged."""
 
 import os
 import signal
 import threading
 
 import psutil
+
 from fuzz import known
 from fuzz.case import Case
 from fuzz.trial import Trials
