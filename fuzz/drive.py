@@ -64,6 +64,14 @@ def use_groups(layout: Layout) -> None:
     parallel_state._set_global_memory_buffer()
     # State that lives in no model object (docs: FACTS 'State outside the model objects').
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    _forget_logged_losses()
+
+
+def _forget_logged_losses() -> None:
+    """Empty the log of balance losses, whose size is that of the first model: a dict in 0.16, an object in 0.19."""
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("megatron.core.transformer.moe.moe_logging").destroy_moe_metrics_tracker()
+        return
     moe_utils.get_moe_layer_wise_logging_tracker().clear()
 
 

@@ -43,10 +43,10 @@ class Remembering(Trials):
         super().__init__(plants=known.mends())
         self.digests: list[str] = []
 
-    def _ranks(self, case: Case, reference: Observation) -> list[Observation]:
-        seen = super()._ranks(case, reference)
+    def _ranks(self, case: Case, reference: Observation) -> tuple[list[Observation], list[str]]:
+        seen, passing = super()._ranks(case, reference)
         self.digests.append(_digest(seen))
-        return seen
+        return seen, passing
 
 
 @pytest.fixture(scope="module", autouse=True)
