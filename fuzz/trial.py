@@ -51,7 +51,7 @@ class Trials:
             ill, violation = again is None, again
         seconds = dict(ranks[0].seconds) | {f"reference.{k}": v for k, v in reference.seconds.items()}
         why = [*doubts(case, reference), *passing, *also_passing]
-        return Verdict(case, counts, violation, why, ill, _facts(ranks, reference), seconds)
+        return Verdict(case, counts, violation, why, ill, _facts(case, ranks, reference), seconds)
 
     def close(self) -> None:
         """End all processes."""
@@ -121,13 +121,15 @@ def _reference_key(case: Case) -> tuple:
     return (*key, partition(case.layout, case.batch, case.ppo), padded_width(case.layout, case.batch))
 
 
-def _facts(ranks: Sequence[Observation], reference: Observation) -> dict[str, bool]:
-    """What the summary counts about a case: starved experts, starved ranks, clipping of policy and values."""
+def _facts(case: Case, ranks: Sequence[Observation], reference: Observation) -> dict[str, bool]:
+    """What the summary counts: starved experts and ranks, clipping of policy, values and gradients."""
     counts = [t for rank in ranks for key, t in rank.tensors.items() if key.endswith("/counts")]
     clipped = {key: n for key, n in reference.numbers.items() if key.endswith("clip_fraction")}
+    norms = [n for key, n in reference.numbers.items() if key.endswith("_norm")]
     return {
         "starved_experts": any(bool((tokens == 0).any()) for tokens in counts),
         "starved_ranks": any(int(tokens.sum()) == 0 for tokens in counts),
         "policy_clipped": any(n > 0 for key, n in clipped.items() if key.endswith("/clip_fraction")),
         "values_clipped": any(n > 0 for key, n in clipped.items() if key.endswith("/value_clip_fraction")),
+        "gradients_clipped": any(norm > case.ppo.max_norm > 0 for norm in norms),
     }
