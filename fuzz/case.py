@@ -4,14 +4,17 @@ Knows the parts of a case (`toy_models.spec`); knows no processes, no torch at r
 business of `fuzz.case_json`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches, check_together
 
 if TYPE_CHECKING:
     import torch
+
+    from fuzz.lockstep import Call, Divergence
 
 TWINS = ("again", "other_dispatcher")
 PRECISIONS = ("float64", "float32")
@@ -113,7 +116,9 @@ def twin_of(case: Case) -> Case:
 class Observation:
     """What one rank saw, under the keys of `docs/ppo.md`; a hang or a death is an Observation too.
 
-    `outcome` is done, raised, died or hung; `stage` the last stage reached; `error` says how it ended where not done.
+    `outcome` is done, raised, died, hung, or starved (kept from running, by a signal or by other processes); `stage`
+    the last stage reached; `calls` its collectives in order, `inside` the index of the one that it was in, or -1,
+    `waits` for whom it waited there in vain; `error` says how it ended where not done.
     """
 
     rank: int
@@ -122,12 +127,19 @@ class Observation:
     tensors: "Mapping[str, torch.Tensor]" = field(default_factory=dict)
     numbers: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    calls: "Sequence[Call]" = ()
+    inside: int = -1
+    waits: "Sequence[Divergence]" = ()
     error: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Violation(AssertionError):
-    """A broken law, with a witness. `also` names the laws that the same case broke later on."""
+    """A broken law, with a witness. `also` names the laws that the same case broke later on; `cause` tells root causes
+    of one law apart, where it has several.
+    """
+
+    cause = ""
 
     def __init__(self, case: Case, law: str, witness: str, expected: str, observed: str, sentence: str) -> None:
         super().__init__(law, witness)
@@ -146,6 +158,15 @@ class Violation(AssertionError):
         }
         lines = [f"  {name:<13} {text}" for name, text in rows.items() if text]
         return "\n".join(["", *lines, f"@example({self.case!r})"])
+
+
+@cache
+def violation_of(cause: str) -> type[Violation]:
+    """A kind of Violation of its own for one root cause, so that Hypothesis shrinks and reports each by itself.
+
+    Hypothesis tells failures apart by type and line; deaths of different causes are raised on one line.
+    """
+    return type("Violation", (Violation,), {"cause": cause, "__module__": __name__})
 
 
 class HarnessFault(BaseException):

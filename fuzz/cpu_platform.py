@@ -169,32 +169,32 @@ def _all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = 
 
 
 @_member
-def _all_gather(outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None) -> None:
-    _exchange([tensor] * len(outputs), outputs, group)
+def _all_gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None) -> None:
+    _exchange([tensor] * len(tensor_list), tensor_list, group)
 
 
 @_member
-def _all_gather_into_tensor(output: torch.Tensor, tensor: torch.Tensor, group: Any = None) -> None:
+def _all_gather_into_tensor(output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None) -> None:
     size = dist.get_world_size(group)
-    parts = output.new_empty((size, tensor.numel()))
-    _exchange([tensor] * size, list(parts), group)
-    output.copy_(parts.reshape(output.shape))
+    parts = output_tensor.new_empty((size, input_tensor.numel()))
+    _exchange([input_tensor] * size, list(parts), group)
+    output_tensor.copy_(parts.reshape(output_tensor.shape))
 
 
 @_member
 def _reduce_scatter(
-    output: torch.Tensor, inputs: Sequence[torch.Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None
+    output: torch.Tensor, input_list: Sequence[torch.Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None
 ) -> None:
-    parts = output.new_empty((len(inputs), *output.shape))
-    _exchange(inputs, list(parts), group)
+    parts = output.new_empty((len(input_list), *output.shape))
+    _exchange(input_list, list(parts), group)
     output.copy_(_reduced(parts, op))
 
 
 @_member
 def _reduce_scatter_tensor(
-    output: torch.Tensor, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None
+    output: torch.Tensor, input: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None
 ) -> None:
-    chunks = tensor.reshape(dist.get_world_size(group), *output.shape)
+    chunks = input.reshape(dist.get_world_size(group), *output.shape)
     _reduce_scatter(output, list(chunks), op=op, group=group)
 
 

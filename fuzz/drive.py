@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_utils
 
-from fuzz import cpu_platform, probe
+from fuzz import cpu_platform, probe, pulse, recorder
 from fuzz.case import Case, Rollout, Update
 from toy_models import megatron, ppo, precision
 from toy_models.megatron import Role
@@ -36,6 +36,8 @@ def start(rank: int, world: int, store_path: str, plants: tuple[str, ...] = ()) 
     for plant in plants:
         module, function = plant.rsplit(":", 1)
         getattr(importlib.import_module(module), function)()
+    if pulse.own is not None:
+        recorder.apply(pulse.own)
     store = dist.FileStore(store_path, world)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
 

@@ -23,8 +23,10 @@ from typing import Any
 
 import torch
 
+from fuzz import pulse
+
 MOST_BYTES = 64 * 2**20  # of observations, per case, over all ranks
-STAGE, TEXT = 200, 6000  # bytes of a stage's name, characters of a traceback or of a log's tail
+TEXT = 6000  # characters of a traceback or of a log's tail
 
 Word = tuple[str, Any]  # the kind of a message, and what comes with it
 
@@ -41,19 +43,20 @@ class Seat:
     preload: tuple[str, ...]
 
     def file(self, kind: str) -> Path:
-        """This rank's file: pid, log, stack, stage or reply."""
+        """This rank's file: pid, log, stack or reply."""
         return self.folder / f"{kind}-{self.rank}"
 
 
 def serve(seat: Seat, pipe: Connection) -> None:
     """Answer calls until the parent has gone or has closed the pool."""
     _settle(seat)
-    progress = _publisher(seat)
+    own = pulse.own = pulse.Pulse(seat.folder, seat.rank)
     pipe.send(_started(seat))
     with contextlib.suppress(EOFError, OSError):  # the parent has gone, or has closed the pool
         while pipe.recv_bytes():
             os.ftruncate(1, 0)
-            pipe.send(_answer(seat, progress))
+            own.restart("called")
+            pipe.send(_answer(seat, own.stage))
 
 
 def _settle(seat: Seat) -> None:
@@ -69,17 +72,6 @@ def _settle(seat: Seat) -> None:
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     torch.set_num_threads(1)
     gc.freeze()  # what was imported before the fork stays in pages shared with the fork server
-
-
-def _publisher(seat: Seat) -> Callable[[str], None]:
-    """A function that writes the stage where it survives the death of the rank."""
-    file = os.open(seat.file("stage"), os.O_WRONLY | os.O_CREAT)
-
-    def progress(stage: str) -> None:
-        os.pwrite(file, stage.encode()[:STAGE].ljust(STAGE, b"\0"), 0)
-
-    progress("start")
-    return progress
 
 
 def _started(seat: Seat) -> Word:

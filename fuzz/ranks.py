@@ -8,10 +8,8 @@ there, so that no read or write of the parent can block on a rank that has stopp
 """
 
 import contextlib
-import os
 import pickle
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -22,21 +20,25 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from fuzz.case import HarnessFault, Observation
+from fuzz import endings, lockstep, pulse
+from fuzz.case import Observation
 from fuzz.forking import CONTEXT, FAREWELL, PRELOAD, exists, fork, home, kill
-from fuzz.rank import MOST_BYTES, STAGE, TEXT, Seat, Word, serve, unpacked
+from fuzz.rank import TEXT, Seat, Word, serve
+from fuzz.watch import TICK, Stall, Watch
 
-START = 30.0  # seconds from the fork to a pool that is ready: 0.2 to 0.5 on two idle cores
-GRACE = 2.0  # seconds for the others once a rank has raised or died: they are likely to wait for it in a collective
-STACKS = 1.0  # seconds for hung ranks to write their stacks: a few milliseconds
+START = 30.0  # seconds without a sign of life from a pool that starts
+USUAL = 0.5  # seconds from the fork to a pool that is ready, on two idle cores: what a machine takes longer, all takes
+PATIENCE = 5.0  # seconds without a sign of life that the record of calls does not explain, on such a machine
+MOST_PATIENCE = 12.0  # however slow the machine
 
 
 class Ranks:
     """`world` rank processes, kept warm between cases; killed and built again after a case that did not end well.
 
     `start`, "module:function", is called once in every rank as start(rank, world, store_path, plants) and makes its
-    process group; None for a pool that needs none. `preload` names what must be importable in every rank. HarnessFault
-    where a pool cannot be started. Not for use by several threads at once.
+    process group; None for a pool that needs none. `preload` names what must be importable in every rank. `patience`:
+    seconds without a sign of life (a stage, a collective entered or left) after which ranks are given up; scaled with
+    the machine. HarnessFault where a pool cannot be started. Not for use by several threads at once.
     """
 
     def __init__(
@@ -45,16 +47,16 @@ class Ranks:
         *,
         start: str | None,
         plants: tuple[str, ...] = (),
-        deadline: float = 60.0,
+        patience: float = PATIENCE,
         preload: tuple[str, ...] = PRELOAD,
     ) -> None:
-        self.world, self.deadline = world, deadline
+        self.world, self.patience = world, patience
         self._seat = Seat(0, world, Path(), start, plants, preload)
-        self._pool: _Pool | None = None
+        self._pool: Pool | None = None
         self._end: Callable[[], None] = lambda: None
         self._warm()
 
-    def run(self, function: str, *args: Any) -> list[Observation]:
+    def run(self, function: str, *args: Any, times_patience: float = 1.0) -> list[Observation]:
         """Call "module:function" in every rank as f(progress, *args): what each of them saw, or how it ended.
 
         f returns a dict with any of tensors, numbers, facts, seconds; HarnessFault where that cannot be had.
@@ -62,11 +64,12 @@ class Ranks:
         try:
             pool = self._warm()
             pool.call(function, args)
-            observations = _observations(pool, _gather(pool, self.deadline), self.deadline)
+            words, stall = _gather(pool, self.patience * self._slowness * times_patience)
+            observations = endings.observations(pool, words, stall)
         except BaseException:
             self.close()
             raise
-        if any(observation.outcome != "done" for observation in observations):
+        if not _well(observations):
             self.close()
         return observations
 
@@ -75,28 +78,40 @@ class Ranks:
         self._pool = None
         self._end()
 
-    def _warm(self) -> "_Pool":
+    def _warm(self) -> "Pool":
         if self._pool is None or self._pool.news(range(self.world), 0):
             self.close()
             self._pool = self._build()
         return self._pool
 
-    def _build(self) -> "_Pool":
+    def _build(self) -> "Pool":
         folder = Path(tempfile.mkdtemp(prefix=f"world{self.world}-", dir=home()))
-        pool = _Pool(folder)
+        pool = Pool(folder)
         self._end = util.Finalize(self, pool.kill, exitpriority=100)
         try:
             pool.start(replace(self._seat, rank=rank, folder=folder) for rank in range(self.world))
-            _check_started(pool, _gather(pool, START))
+            began = time.monotonic()
+            endings.check_started(pool, *_gather(pool, START))
+            slowness = (time.monotonic() - began) / USUAL
+            self._slowness = max(1.0, min(slowness, MOST_PATIENCE / PATIENCE))
         except BaseException:
             self._end()
             raise
         return pool
 
 
+def _well(observations: list[Observation]) -> bool:
+    """Whether the pool is as before: what a rank sent and nobody took would meet the next case."""
+    done = all(observation.outcome == "done" for observation in observations)
+    return done and lockstep.in_step({observation.rank: observation.calls for observation in observations})
+
+
 @dataclass(eq=False)
-class _Pool:
+class Pool:
+    """The processes of one pool, their pipes and their private folder."""
+
     folder: Path
+    killed_for_memory: int = field(default_factory=endings.kills_for_memory)
     processes: list[BaseProcess] = field(default_factory=list)
     pipes: list[Connection] = field(default_factory=list)
 
@@ -111,10 +126,15 @@ class _Pool:
         for end in theirs:
             end.close()
 
+    @property
+    def pids(self) -> list[int]:
+        """The processes by rank."""
+        return [process.pid for process in self.processes]  # type: ignore[misc]
+
     def call(self, function: str, args: tuple) -> None:
         (self.folder / "call").write_bytes(pickle.dumps((function, args)))
         for rank, pipe in enumerate(self.pipes):
-            (self.folder / f"stage-{rank}").write_bytes(b"called".ljust(STAGE, b"\0"))
+            pulse.clear(self.folder, rank, "called")
             with contextlib.suppress(OSError):  # it has just died: its sentinel says so
                 pipe.send_bytes(b"call")
 
@@ -152,94 +172,14 @@ class _Pool:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-# What the ranks say -------------------------------------------------------------------------------------------------
-
-
-def _gather(pool: _Pool, seconds: float) -> dict[int, Word]:
-    """The answers by rank; a rank that gave none is missing. Once one failed the others have GRACE left."""
+def _gather(pool: Pool, patience: float) -> tuple[dict[int, Word], Stall | None]:
+    """The answers by rank; those that gave none are missing, and the Stall says why they were given up."""
     words: dict[int, Word] = {}
-    until = time.monotonic() + seconds
+    watch = Watch(pool.folder, pool.pids, patience)
     while silent := set(range(len(pool.pipes))) - set(words):
-        news = pool.news(silent, until - time.monotonic())
-        if not news:
-            break
+        news = pool.news(silent, TICK)
         words |= {rank: pool.word(rank) for rank in news}
-        if any(words[rank][0] in ("raised", "died") for rank in news):
-            until = min(until, time.monotonic() + GRACE)
-        _check_faults(words)
-    return words
-
-
-def _check_faults(words: dict[int, Word]) -> None:
-    for rank, (kind, what) in words.items():
-        if kind == "fault":
-            raise HarnessFault(f"rank {rank}: {what}")
-
-
-def _check_started(pool: _Pool, words: dict[int, Word]) -> None:
-    for rank in range(len(pool.pipes)):
-        kind, what = words.get(rank, ("silent", None))
-        if kind == "died":
-            raise HarnessFault(f"rank {rank} {_ending(what)} while it started:\n{pool.text('log', rank)}")
-        if kind == "silent":
-            stack = _stacks(pool, [rank])[rank]
-            raise HarnessFault(f"rank {rank} did not start within {START:g} s; it was here:\n{stack}")
-
-
-def _observations(pool: _Pool, words: dict[int, Word], deadline: float) -> list[Observation]:
-    _check_sizes({rank: what for rank, (kind, what) in words.items() if kind in ("done", "raised")})
-    silent = [rank for rank in range(len(pool.pipes)) if rank not in words]
-    stacks = _stacks(pool, silent)
-    why = _why_silent(words, deadline)
-    return [
-        _hung(pool, rank, why, stacks[rank]) if rank in stacks else _heard(pool, rank, *words[rank])
-        for rank in range(len(pool.pipes))
-    ]
-
-
-def _check_sizes(replies: dict[int, dict[str, Any]]) -> None:
-    total = sum(reply["size"] for reply in replies.values())
-    if total > MOST_BYTES:
-        each = ", ".join(f"rank {r} {v['size']:,} (largest {v['largest']!r})" for r, v in sorted(replies.items()))
-        raise HarnessFault(f"the observations of one case have {total:,} bytes of at most {MOST_BYTES:,}: {each}")
-
-
-def _why_silent(words: dict[int, Word], deadline: float) -> str:
-    failed = [f"rank {rank} {kind}" for rank, (kind, _) in sorted(words.items()) if kind != "done"]
-    return f"{GRACE:g} s after {', '.join(failed)}" if failed else f"after the deadline of {deadline:g} s"
-
-
-def _heard(pool: _Pool, rank: int, kind: str, what: Any) -> Observation:
-    if kind == "died":
-        return _died(pool, rank, what)
-    seen = unpacked(pool.folder / f"reply-{rank}", what)
-    return Observation(rank=rank, outcome=kind, stage=pool.text("stage", rank), **seen)
-
-
-def _died(pool: _Pool, rank: int, code: int) -> Observation:
-    stage, log = pool.text("stage", rank), pool.text("log", rank)
-    facts = {"signal": signal.Signals(-code).name} if code < 0 else {"exit_code": code}
-    error = f"rank {rank} {_ending(code)} at stage {stage!r}; the end of its output:\n{log}"
-    return Observation(rank=rank, outcome="died", stage=stage, facts=facts, error=error)
-
-
-def _ending(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-
-
-def _hung(pool: _Pool, rank: int, why: str, stack: str) -> Observation:
-    stage = pool.text("stage", rank)
-    error = f"rank {rank} had not answered {why}, at stage {stage!r}; it was here:\n{stack}"
-    return Observation(rank=rank, outcome="hung", stage=stage, facts={"stack": stack}, error=error)
-
-
-def _stacks(pool: _Pool, ranks: list[int]) -> dict[int, str]:
-    """The Python stacks of hung ranks, most recent call first; '' where a rank cannot even write that."""
-    for rank in ranks:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pool.processes[rank].pid, signal.SIGUSR1)  # type: ignore[arg-type]
-    before, now, until = list[str](), [""] * len(ranks), time.monotonic() + STACKS
-    while (now != before or not all(now)) and time.monotonic() < until:
-        time.sleep(0.02)
-        before, now = now, [pool.text("stack", rank) for rank in ranks]
-    return dict(zip(ranks, now, strict=True))
+        endings.check_faults(words)
+        if not news and (stall := watch.look({rank: kind for rank, (kind, _) in words.items()})):
+            return words, stall
+    return words, None

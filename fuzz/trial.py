@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from fuzz.case import Case, HarnessFault, Observation, Violation, twin_of
 from fuzz.laws import judge
 from fuzz.laws.compare import doubts, forced_tokens
+from fuzz.laws.liveness import cause
 from fuzz.ranks import Ranks
 from toy_models.batching import padded_width, partition
 
@@ -33,24 +34,27 @@ class Verdict:
 class Trials:
     """The pools of rank processes and the reference's process, warm for one run; `plants` are applied in every rank."""
 
-    def __init__(self, plants: tuple[str, ...] = (), deadline: float = 30.0) -> None:
-        self.plants, self.deadline = plants, deadline
+    def __init__(self, plants: tuple[str, ...] = ()) -> None:
+        self.plants = plants
         self._pools: OrderedDict[int, Ranks] = OrderedDict()
         self._truth: Ranks | None = None
         self._references: OrderedDict[tuple, Observation] = OrderedDict()
+        self._confirmed: set[str] = set()  # causes of deaths and hangs that were seen to recur
 
-    def judge(self, case: Case) -> Verdict:
+    def judge(self, case: Case, times_patience: float = 1.0) -> Verdict:
         """Run a case, and its twin if it has one, and judge everything that was seen."""
         reference = self._reference(case)
-        ranks, passing = self._ranks(case, reference)
-        twin, also_passing = self._ranks(twin_of(case), reference) if case.twin else ([], [])
+        ranks, passing = self._ranks(case, reference, times_patience)
+        twin, also_passing = self._ranks(twin_of(case), reference, times_patience) if case.twin else ([], [])
+        why, seconds = [*passing, *also_passing], _seconds(ranks, reference)
+        if _starved([*ranks, *twin]):
+            return Verdict(case, {}, None, why, False, {}, seconds)
         counts, violation = judge(case, ranks, reference, twin)
         ill = False
         if violation is not None and _done(ranks) and _done(twin):
             counts, again = judge(case, ranks, self._moving(case, reference), twin)
             ill, violation = again is None, again
-        seconds = dict(ranks[0].seconds) | {f"reference.{k}": v for k, v in reference.seconds.items()}
-        why = [*doubts(case, reference), *passing, *also_passing]
+        why = [*doubts(case, reference), *why]
         return Verdict(case, counts, violation, why, ill, _facts(case, ranks, reference), seconds)
 
     def close(self) -> None:
@@ -60,21 +64,28 @@ class Trials:
         self._pools.clear()
         self._truth = None
 
-    def _ranks(self, case: Case, reference: Observation) -> tuple[list[Observation], list[str]]:
-        """What the ranks saw. A death or a hang is confirmed in a fresh pool: one that does not recur is no finding."""
-        pool, arguments = self._pool(case.layout.world), (case, forced_tokens(case, reference))
-        first = pool.run("fuzz.drive:step", *arguments)
-        lost = [rank for rank in first if rank.outcome in ("died", "hung")]
-        if not lost:
-            return first, []
-        again = pool.run("fuzz.drive:step", *arguments)
-        return again, ["a rank was lost once, and not when the case ran again"] if _done(again) else []
+    def _ranks(self, case: Case, reference: Observation, times_patience: float) -> tuple[list[Observation], list[str]]:
+        """What the ranks saw, and why it says nothing. The first death or hang of a cause is confirmed."""
+        seen = self._run(case, reference, times_patience)
+        lost = _lost(seen)
+        if lost is None or lost in self._confirmed:
+            return seen, _starved(seen)
+        # In a fresh pool: one that lost a rank was closed.
+        again = self._run(case, reference, 2 * times_patience)
+        self._confirmed |= {lost_again} if (lost_again := _lost(again)) else set()
+        return again, _starved(again) or (
+            [] if _lost(again) else ["a rank was lost once, and not when the case ran again"]
+        )
+
+    def _run(self, case: Case, reference: Observation, times_patience: float) -> list[Observation]:
+        pool, tokens = self._pool(case.layout.world), forced_tokens(case, reference)
+        return pool.run("fuzz.drive:step", case, tokens, times_patience=times_patience)
 
     def _pool(self, world: int) -> Ranks:
         if world not in self._pools:
             self._make_room()
             start = "fuzz.drive:start"
-            self._pools[world] = Ranks(world, start=start, plants=self.plants, deadline=self.deadline)
+            self._pools[world] = Ranks(world, start=start, plants=self.plants)
         self._pools.move_to_end(world)
         return self._pools[world]
 
@@ -102,11 +113,22 @@ class Trials:
 
     def _ask(self, function: str, case: Case) -> Observation:
         if self._truth is None:
-            self._truth = Ranks(1, start=None, deadline=self.deadline)
+            self._truth = Ranks(1, start=None, patience=60.0)
         [answer] = self._truth.run(function, case)
         if answer.outcome != "done":
             raise HarnessFault(f"the reference {answer.outcome} on {case!r}: {answer.error}")
         return answer
+
+
+def _lost(ranks: Sequence[Observation]) -> str | None:
+    """Why a rank died or hangs; None where none does, or waits for one that has raised."""
+    by = {outcome: [rank for rank in ranks if rank.outcome == outcome] for outcome in ("died", "raised", "hung")}
+    lost = by["died"] or (by["hung"] if not by["raised"] else [])
+    return cause(lost[0]) if lost else None
+
+
+def _starved(ranks: Sequence[Observation]) -> list[str]:
+    return sorted({rank.error.split(";")[0] for rank in ranks if rank.outcome == "starved"})
 
 
 def _done(ranks: Sequence[Observation]) -> bool:
@@ -119,6 +141,12 @@ def _reference_key(case: Case) -> tuple:
     if not (case.model.aux_loss or case.model.z_loss):
         return key
     return (*key, partition(case.layout, case.batch, case.ppo), padded_width(case.layout, case.batch))
+
+
+def _seconds(ranks: Sequence[Observation], reference: Observation) -> dict[str, float]:
+    """How long each stage took on the first rank and in the reference; `quiet` before the ranks were given up."""
+    quiet = max((rank.seconds.get("quiet", 0.0) for rank in ranks), default=0.0)
+    return {**ranks[0].seconds, "quiet": quiet} | {f"reference.{k}": v for k, v in reference.seconds.items()}
 
 
 def _facts(case: Case, ranks: Sequence[Observation], reference: Observation) -> dict[str, bool]:

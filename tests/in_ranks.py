@@ -1,4 +1,4 @@
-"""Functions that the tests of the pool call inside ranks, by name. Knows torch.distributed, nothing of ours."""
+"""Functions that the tests of the pool call inside ranks, by name. Knows torch.distributed and the recorder."""
 
 import ctypes
 import os
@@ -11,11 +11,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fuzz import pulse, recorder
+
 Progress = Callable[[str], None]
 
 
 def start(rank: int, world: int, store_path: str, plants: tuple[str, ...]) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(store_path, world), rank=rank, world_size=world)
+
+
+def start_recorded(rank: int, world: int, store_path: str, plants: tuple[str, ...]) -> None:
+    start(rank, world, store_path, plants)
+    assert pulse.own is not None
+    recorder.apply(pulse.own)
 
 
 def start_fails_on_1(rank: int, world: int, store_path: str, plants: tuple[str, ...]) -> None:
@@ -90,6 +98,62 @@ def reads_null(progress: Progress) -> dict[str, Any]:
     return total(progress, 1.0)
 
 
+def ones(*shape: int) -> torch.Tensor:
+    return torch.ones(shape)
+
+
+def out_of_step(progress: Progress, how: str) -> dict[str, Any]:
+    """Calls that cannot match, one kind each; rank 1 is the odd one."""
+    progress("before")
+    total(progress, 1.0)
+    OUT_OF_STEP[how](dist.get_rank() == 1)
+    return {}
+
+
+def _pairs() -> tuple[Any, Any]:
+    return dist.new_group([0, 1], group_desc="first"), dist.new_group([0, 1], group_desc="second")
+
+
+def _crossed(odd: bool) -> None:
+    for group in _pairs()[:: -1 if odd else 1]:
+        dist.barrier(group)
+
+
+def _messages(odd: bool) -> None:
+    dist.recv(ones(2), 1 - dist.get_rank())
+
+
+def _pending(odd: bool) -> None:
+    if not odd:
+        dist.broadcast(ones(2), src=1, async_op=True).wait()
+
+
+def _unequal_splits(odd: bool) -> None:
+    splits = [1, 2] if odd else [2, 1]
+    dist.all_to_all_single(ones(3, 4), ones(3, 4), [2, 1], splits)
+
+
+OUT_OF_STEP: dict[str, Callable[[bool], Any]] = {
+    "operation": lambda odd: dist.all_gather([ones(2)] * 2, ones(2)) if odd else dist.broadcast(ones(2), 0),
+    "shape": lambda odd: dist.all_reduce(ones(3 if odd else 2)),
+    "type": lambda odd: dist.all_reduce(ones(2).double() if odd else ones(2)),
+    "reduction": lambda odd: dist.all_reduce(ones(2), dist.ReduceOp.MAX if odd else dist.ReduceOp.SUM),
+    "root": lambda odd: dist.broadcast(ones(2), int(odd)),
+    "splits": _unequal_splits,
+    "group": lambda odd: dist.barrier(_pairs()[odd]),
+    "order": _crossed,
+    "left out": lambda odd: None if odd else dist.all_reduce(ones(2)),
+    "messages": _messages,
+    "pending": _pending,
+    "one more": lambda odd: None if odd else dist.broadcast(ones(2), 0, async_op=True),
+}
+
+
+def busy_for_ever(progress: Progress) -> dict[str, Any]:
+    while True:
+        total(progress, 1.0)
+
+
 def loops_on_1(progress: Progress) -> dict[str, Any]:
     progress("loop")
     while dist.get_rank() == 1:
@@ -97,9 +161,9 @@ def loops_on_1(progress: Progress) -> dict[str, Any]:
     return {}
 
 
-def misses_the_sum(progress: Progress) -> dict[str, Any]:
-    progress("left out" if dist.get_rank() == 1 else "waiting")
-    return {} if dist.get_rank() == 1 else total(progress, 1.0)
+def loops(progress: Progress) -> dict[str, Any]:
+    while True:
+        pass
 
 
 def holds_the_interpreter(progress: Progress) -> dict[str, Any]:

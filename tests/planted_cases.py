@@ -180,9 +180,9 @@ PLANTED: dict[str, tuple[Case, Law]] = {
     # ---- liveness
     "liveness:generation_ends_with_the_own_rows": (
         Case(layout=EP, batch=Batch(rows=2, response=4, raggedness="one_long")),
-        liveness.every_rank_finishes,
+        liveness.collectives_run_in_lock_step,
     ),
-    "liveness:first_rank_alone_reduces": (Case(layout=DP, batch=ROWS), liveness.every_rank_finishes),
+    "liveness:first_rank_alone_reduces": (Case(layout=DP, batch=ROWS), liveness.collectives_run_in_lock_step),
     "liveness:starved_expert_raises": (Case(), liveness.every_rank_finishes),
     "liveness:last_rank_is_killed": (Case(layout=DP, batch=ROWS), liveness.every_rank_finishes),
 }

@@ -26,7 +26,7 @@ class Row:
     types: str = ""  # under TYPE_CHECKING only
 
 
-LAWS = Row("torch.* fuzz.case fuzz.laws.* toy_models.batching toy_models.spec toy_models.weights")
+LAWS = Row("torch.* fuzz.case fuzz.lockstep fuzz.laws.* toy_models.batching toy_models.spec toy_models.weights")
 REFERENCE = Row(
     "torch.* transformers.* toy_models.batching toy_models.spec toy_models.families toy_models.weights "
     "toy_models.precision toy_models.reference_model toy_models.reference_rollout toy_models.reference_update"
@@ -43,19 +43,31 @@ PARENT = Row(
 TABLE = {
     "conftest": PARENT,
     "fuzz": Row(),
-    "fuzz.case": Row("toy_models.spec", types="torch"),
+    "fuzz.case": Row("toy_models.spec", types="torch fuzz.lockstep"),
+    "fuzz.__main__": Row("fuzz.known fuzz.replay fuzz.show"),
+    "fuzz.case_files": Row("fuzz.case fuzz.case_json"),
     "fuzz.case_json": Row("fuzz.case toy_models.spec"),
     "fuzz.cpu_platform": Row("torch.* torch.distributed.* megatron.core.*"),
     "fuzz.drive": Row(
-        "torch.* torch.distributed.* megatron.core.* fuzz.case fuzz.cpu_platform fuzz.probe toy_models.spec "
+        "torch.* torch.distributed.* megatron.core.* fuzz.case fuzz.cpu_platform fuzz.probe fuzz.pulse fuzz.recorder "
+        "toy_models.spec "
         "toy_models.weights toy_models.precision toy_models.megatron toy_models.ppo"
     ),
     "fuzz.forking": Row("fuzz.case"),
     "fuzz.known": Row("fuzz.case toy_models.spec"),
     "fuzz.laws.*": LAWS,
     "fuzz.probe": Row("torch.* toy_models.megatron"),
-    "fuzz.rank": Row("torch.*"),
-    "fuzz.ranks": Row("fuzz.case fuzz.forking fuzz.rank"),
+    "fuzz.endings": Row("fuzz.case fuzz.pulse fuzz.rank fuzz.watch"),
+    "fuzz.lockstep": Row(),
+    "fuzz.pulse": Row(),
+    "fuzz.rank": Row("torch.* fuzz.pulse"),
+    "fuzz.ranks": Row("fuzz.case fuzz.endings fuzz.forking fuzz.lockstep fuzz.pulse fuzz.rank fuzz.watch"),
+    "fuzz.recorder": Row("torch.* torch.distributed.* fuzz.lockstep fuzz.pulse"),
+    "fuzz.watch": Row("psutil fuzz.lockstep fuzz.pulse"),
+    "fuzz.replay": Row("rich.* fuzz.case fuzz.case_files fuzz.forking fuzz.known fuzz.laws fuzz.trial"),
+    "fuzz.show": Row(
+        "rich.* fuzz.case fuzz.case_files fuzz.case_json fuzz.known toy_models.batching toy_models.coordinates"
+    ),
     "fuzz.strategies": Row("hypothesis.* fuzz.case toy_models.spec"),
     "fuzz.summary": Row("rich.* fuzz.known fuzz.laws fuzz.strategies fuzz.trial"),
     "fuzz.test_ep_ppo_props": PARENT,
@@ -72,6 +84,7 @@ TABLE = {
     "toy_models.reference_rollout": REFERENCE,
     "toy_models.reference_update": REFERENCE,
     "toy_models.spec": Row(),
+    "toy_models.coordinates": Row("toy_models.spec"),
     "toy_models.batching": Row("toy_models.spec"),
     "toy_models.megatron_names": Row("torch.* toy_models.spec toy_models.weights"),
     "toy_models.weights": Row("torch.* transformers.* toy_models.batching toy_models.spec"),
@@ -86,6 +99,7 @@ NEVER = {
     "fuzz.strategies": "torch megatron transformers fuzz.ranks",
     "fuzz.case_json": "torch megatron transformers hypothesis",
     "fuzz.known": "torch megatron transformers hypothesis",
+    "fuzz.show": "torch megatron transformers hypothesis",
     "fuzz.laws": "hypothesis megatron transformers fuzz.ranks fuzz.drive toy_models.ppo",
     "fuzz.ranks": "hypothesis megatron fuzz.laws fuzz.drive",
     "fuzz.trial": "hypothesis pytest megatron transformers fuzz.drive toy_models.reference",

@@ -15,8 +15,8 @@ SELF = "tests.in_ranks"
 PRELOAD = ("torch", SELF)
 
 
-def pool(world: int = 2, start: str | None = f"{SELF}:start", deadline: float = 20.0, **options) -> Ranks:
-    return Ranks(world, start=start, deadline=deadline, preload=options.pop("preload", PRELOAD), **options)
+def pool(world: int = 2, start: str | None = f"{SELF}:start_recorded", patience: float = 5.0, **options) -> Ranks:
+    return Ranks(world, start=start, patience=patience, preload=options.pop("preload", PRELOAD), **options)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,11 @@ def test_an_exception_on_one_rank_leaves_the_others_hung(two: Ranks) -> None:
     assert "in raises_on" in seen[1].error
     assert seen[1].stage == "before the sum"
     assert seen[0].stage == "sum"
-    assert "all_reduce" in seen[0].facts["stack"] and "rank 1 raised" in seen[0].error
+    assert "all_reduce" in seen[0].facts["stack"]
+    [wait] = seen[0].waits
+    assert str(wait).startswith("rank 0 called all_reduce float64[1] on {0,1} at tests/in_ranks.py:")
+    assert str(wait).endswith("; rank 1 had raised an exception")
+    assert seen[0].calls[seen[0].inside] is wait.call and str(wait) in seen[0].error
     assert time.monotonic() - began < 10
     passes(two)
 
@@ -123,20 +127,13 @@ def test_a_rank_killed_between_cases_is_no_finding(two: Ranks) -> None:
     passes(two)
 
 
-@pytest.mark.parametrize(
-    ("function", "expected", "stages", "within"),
-    [
-        ("loops_on_1", ["done", "hung"], ["loop", "loop"], "in loops_on_1"),
-        ("misses_the_sum", ["hung", "done"], ["sum", "left out"], "all_reduce"),
-    ],
-)
-def test_no_answer_by_the_deadline_is_hung(function: str, expected: list, stages: list, within: str) -> None:
-    ranks = pool(deadline=1.0)
-    seen = ranks.run(f"{SELF}:{function}")
-    assert outcomes(seen) == expected
-    assert [one.stage for one in seen] == stages
-    hung = seen[expected.index("hung")]
-    assert within in hung.facts["stack"] and "deadline of 1 s" in hung.error
+def test_an_endless_loop_is_hung_after_its_patience() -> None:
+    ranks = pool(patience=1.0)
+    seen = ranks.run(f"{SELF}:loops_on_1")
+    assert outcomes(seen) == ["done", "hung"]
+    assert [one.stage for one in seen] == ["loop", "loop"]
+    assert "in loops_on_1" in seen[1].facts["stack"] and "no rank gave a sign of life for 1" in seen[1].error
+    assert seen[1].inside == -1 and not seen[1].waits
     passes(ranks)
     ranks.close()
 

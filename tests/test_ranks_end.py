@@ -29,7 +29,7 @@ def alive(pid: int) -> bool:
 
 
 def test_helpers_that_a_rank_forks_die_with_it() -> None:
-    ranks = Ranks(1, start=None, preload=("torch",), deadline=0.5)
+    ranks = Ranks(1, start=None, preload=("torch",), patience=0.5)
     pid = ranks.run(f"{SELF}:whoami")[0].numbers["pid"]
     children: list[int] = []
     original = ranks._pool.text

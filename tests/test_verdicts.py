@@ -43,8 +43,8 @@ class Remembering(Trials):
         super().__init__(plants=known.mends())
         self.digests: list[str] = []
 
-    def _ranks(self, case: Case, reference: Observation) -> tuple[list[Observation], list[str]]:
-        seen, passing = super()._ranks(case, reference)
+    def _ranks(self, case: Case, reference: Observation, times_patience: float) -> tuple[list[Observation], list[str]]:
+        seen, passing = super()._ranks(case, reference, times_patience)
         self.digests.append(_digest(seen))
         return seen, passing
 

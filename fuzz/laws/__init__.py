@@ -39,7 +39,8 @@ LAWS: tuple[Law, ...] = (
     state.reference_and_reward_models_never_change,
 )
 TWIN_LAWS = (twins.a_case_run_twice_is_bitwise_the_same, twins.the_dispatchers_agree)
-NAMES = tuple(law.__name__ for law in (liveness.every_rank_finishes, *LAWS, *TWIN_LAWS))
+LIVENESS = (liveness.collectives_run_in_lock_step, liveness.every_rank_finishes)
+NAMES = tuple(law.__name__ for law in (*LIVENESS, *LAWS, *TWIN_LAWS))
 
 
 def judge(
@@ -49,8 +50,8 @@ def judge(
     counts: dict[str, int] = {}
     found: list[Violation] = []
     for seen in (ranks, twin):
-        if seen:
-            _try(counts, found, liveness.every_rank_finishes, case, seen, reference)
+        for law in LIVENESS if seen else ():
+            _try(counts, found, law, case, seen, reference)
     if not found:
         for law in LAWS:
             _try(counts, found, law, case, ranks, reference)
