@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from fuzz import memory
 from fuzz.case import MOST_OPERATIONS, Case, Operation, Rollout, Update
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
@@ -40,7 +41,9 @@ def from_json(text: str) -> Case:
     _check_names("", data, {"schema", *(f.name for f in fields(Case))}, schema)
     parts = {name: _part(name, kind, data[name], schema) for name, kind in PARTS.items() if name in data}
     rest = {name: _plain(name, data[name]) for name in ("twin", "precision", "seed") if name in data}
-    return Case(**parts, **rest, program=_program(data["program"]))
+    case = Case(**parts, **rest, program=_program(data["program"]))
+    memory.check(case)
+    return case
 
 
 def _parsed(text: str) -> Mapping[str, Any]:

@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 from rich.console import Console
 from rich.text import Text
 
-from fuzz import forking, known
+from fuzz import forking, known, memory
 from fuzz.case import Case, HarnessFault, Violation
 from fuzz.case_files import Found, find
 
@@ -59,7 +60,7 @@ class Replayed:
         """`path: OUTCOME what`, on one line whatever a file or an exception says."""
         numbers = [f"{name} {flat(value)}" for name, value in self._numbers().items() if value]
         told = "; ".join(filter(None, (self.law, flat(self.witness), ", ".join(numbers), flat(self.why))))
-        return f"{flat(self.path, 4096)}: {self.outcome} {told}".rstrip()
+        return f"{printable(self.path)}: {self.outcome} {told}".rstrip()
 
     def below(self) -> str:
         """The same numbers in full, below the line."""
@@ -71,10 +72,15 @@ class Replayed:
         return {"expected": self.expected, "observed": self.observed}
 
 
+def printable(text: str) -> str:
+    """The text with escapes for what breaks a line or speaks to the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def flat(text: str, most: int = MOST_SHOWN) -> str:
     """One printable line: of several the last, which in a traceback has the reason."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in lines[-1])
+    shown = printable(lines[-1])
     return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
@@ -171,6 +177,9 @@ class Replay:
             trials.close()
 
     def _judged(self, case: Case) -> Replayed:
+        if (asked := memory.needed(case)) > (free := psutil.virtual_memory().available):
+            said = f"may take {memory.shown(asked)} of memory, and {memory.shown(free)} are free here"
+            return Replayed("INCONCLUSIVE", why=said)
         if self.asked.no_known:
             return outcome_of(self._judge(case, ()), self.asked.law)
         result = outcome_of(self._judge(case, known.mends()), self.asked.law)
@@ -216,7 +225,7 @@ def _until_stopped(replay: Replay, files: Sequence[Found]) -> Iterator[Replayed]
     console = Console(stderr=True)
     for number, found in enumerate(files, 1):
         # The spinner must be gone before a line is printed: it takes over stdout too.
-        with console.status(Text(f"replaying {flat(str(found.path))} ({number} of {len(files)})")):
+        with console.status(Text(f"replaying {printable(str(found.path))} ({number} of {len(files)})")):
             one = replay.of(found)
         yield one
         if one.outcome in STOPPING and not replay.asked.keep_going:

@@ -18,8 +18,12 @@ def mutated(texts: Sequence[str], number: int) -> Iterator[str]:
     """`number` texts, each one of `texts` after one to three mutations; the same ones every time."""
     random = Random(0)
     for _ in range(number):
-        text = random.choice(texts)
-        yield _of_data(random, text) if random.random() < 0.7 else random.choice(TEXT)(random, text)
+        yield mutant(random, random.choice(texts))
+
+
+def mutant(random: Random, text: str) -> str:
+    """A text after one to three mutations."""
+    return _of_data(random, text) if random.random() < 0.7 else random.choice(TEXT)(random, text)
 
 
 def _of_data(random: Random, text: str) -> str:
