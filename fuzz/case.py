@@ -146,6 +146,7 @@ class Violation(AssertionError):
         self.case, self.law, self.witness = case, law, witness
         self.expected, self.observed, self.sentence = expected, observed, sentence
         self.also: tuple[str, ...] = ()
+        self.details = ""  # several lines that a report has room for, and a terminal has not
 
     def __str__(self) -> str:
         rows = {

@@ -10,7 +10,7 @@ Knows lines of bytes and numbers; nothing of processes, torch, cases or laws.
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import combinations
 from typing import Any
@@ -52,7 +52,7 @@ class Call:
 
 def line(call: Call) -> bytes:
     """The call as it stands in the record."""
-    return json.dumps(astuple(call), separators=(",", ":")).encode()
+    return json.dumps(list(vars(call).values())).encode()
 
 
 @lru_cache(maxsize=20000)

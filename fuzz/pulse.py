@@ -47,7 +47,8 @@ class Pulse:
     def issue(self, line: bytes) -> int:
         """Add a call to the record: its index."""
         with contextlib.suppress(OSError):
-            self._end += os.pwrite(self._calls, line + b"\n", self._end)
+            written = os.pwrite(self._calls, line + b"\n", self._end)
+            self._end += written if written > len(line) else 0  # half a line on a full disk is overwritten
         self._issued += 1
         return self._issued - 1
 

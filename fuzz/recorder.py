@@ -240,7 +240,7 @@ def _name(group: Any) -> str:
     """The same on all ranks: groups are made in the same order everywhere."""
     group = group or dist.group.WORLD
     said = getattr(group, "group_desc", "")
-    return f"{group.group_name} {said}" if said and said != "undefined" else str(group.group_name)
+    return f"{group.group_name} {said}" if said not in ("", "undefined", "default_pg") else str(group.group_name)
 
 
 def _ends(name: str, named: Named) -> tuple[int, int]:

@@ -4,11 +4,12 @@ A tally is plain data, which travels from pytest-xdist's workers in a report; ta
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from fuzz import known, laws
 from fuzz.strategies import all_layouts
@@ -71,6 +72,18 @@ def write(tally: Tally, console: Console) -> None:
     """The summary: cases, layouts, laws fired and vacuous, known bugs met, what was inconclusive and why."""
     if tally.get("cases"):
         console.print(Group(_cases(tally), _laws(tally)))
+
+
+def write_failures(rows: Sequence[Mapping[str, str]], console: Console) -> None:
+    """The table of new failures and their folders: of each its law, layout, how it was found, folder."""
+    if not rows:
+        return
+    table = Table("law", "smallest layout", "found", "folder", title="new failures", title_justify="left")
+    for row in rows:
+        table.add_row(row["law"], row["layout"], row["found"], Text(row["folder"], overflow="fold"))
+    console.print(table)
+    for row in rows:
+        console.print(row["example"], highlight=False, soft_wrap=True, markup=False)
 
 
 def _cases(tally: Tally) -> Table:

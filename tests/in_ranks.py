@@ -190,3 +190,14 @@ def bulk(progress: Progress, mebibytes: int) -> dict[str, Any]:
 
 def not_a_dict(progress: Progress) -> dict[str, Any]:
     return {"tensor": torch.zeros(1)}
+
+
+def two_causes() -> None:
+    """A bug to plant: experts raise, of one kind where there are more than two of them, else of another."""
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    def forward(self: Any, *_: Any) -> Any:
+        kind = ValueError if self.num_local_experts > 2 else KeyError
+        raise kind(f"{self.num_local_experts} experts")
+
+    SequentialMLP.forward = forward

@@ -38,7 +38,7 @@ SYSTEM = Row(
 )
 PARENT = Row(
     "torch.* hypothesis.* pytest rich.* fuzz.case fuzz.case_json fuzz.strategies fuzz.forking fuzz.ranks fuzz.laws.* "
-    "fuzz.known fuzz.trial fuzz.summary fuzz.report toy_models.spec toy_models.weights"
+    "fuzz.known fuzz.trial fuzz.summary fuzz.search toy_models.spec toy_models.weights"
 )
 TABLE = {
     "conftest": PARENT,
@@ -46,7 +46,8 @@ TABLE = {
     "fuzz.case": Row("toy_models.spec", types="torch fuzz.lockstep"),
     "fuzz.__main__": Row("fuzz.known fuzz.replay fuzz.show"),
     "fuzz.case_files": Row("fuzz.case fuzz.case_json"),
-    "fuzz.case_json": Row("fuzz.case toy_models.spec"),
+    "fuzz.case_json": Row("fuzz.case fuzz.memory toy_models.spec"),
+    "fuzz.memory": Row("fuzz.case toy_models.batching toy_models.spec"),
     "fuzz.cpu_platform": Row("torch.* torch.distributed.* megatron.core.*"),
     "fuzz.drive": Row(
         "torch.* torch.distributed.* megatron.core.* fuzz.case fuzz.cpu_platform fuzz.probe fuzz.pulse fuzz.recorder "
@@ -64,7 +65,20 @@ TABLE = {
     "fuzz.ranks": Row("fuzz.case fuzz.endings fuzz.forking fuzz.lockstep fuzz.pulse fuzz.rank fuzz.watch"),
     "fuzz.recorder": Row("torch.* torch.distributed.* fuzz.lockstep fuzz.pulse"),
     "fuzz.watch": Row("psutil fuzz.lockstep fuzz.pulse"),
-    "fuzz.replay": Row("rich.* fuzz.case fuzz.case_files fuzz.forking fuzz.known fuzz.laws fuzz.trial"),
+    "fuzz.replay": Row(
+        "psutil rich.* fuzz.case fuzz.case_files fuzz.forking fuzz.known fuzz.laws fuzz.memory fuzz.trial"
+    ),
+    "fuzz.folders": Row("fuzz.case_files fuzz.case_json fuzz.timebox"),
+    "fuzz.investigate": Row(
+        "fuzz.case fuzz.divergence fuzz.folders fuzz.heatmap fuzz.known fuzz.neighbourhood fuzz.report fuzz.repro "
+        "fuzz.timebox fuzz.trial"
+    ),
+    "fuzz.progress": Row("rich.* fuzz.case fuzz.timebox"),
+    "fuzz.report": Row("fuzz.case fuzz.laws"),
+    "fuzz.search": Row(
+        "rich.* fuzz.case fuzz.folders fuzz.investigate fuzz.progress fuzz.report fuzz.timebox fuzz.trial"
+    ),
+    "fuzz.timebox": Row("fuzz.case fuzz.order"),
     "fuzz.show": Row(
         "rich.* fuzz.case fuzz.case_files fuzz.case_json fuzz.known toy_models.batching toy_models.coordinates"
     ),

@@ -39,7 +39,7 @@ LAWS: tuple[Law, ...] = (
     state.reference_and_reward_models_never_change,
 )
 TWIN_LAWS = (twins.a_case_run_twice_is_bitwise_the_same, twins.the_dispatchers_agree)
-LIVENESS = (liveness.collectives_run_in_lock_step, liveness.every_rank_finishes)
+LIVENESS: tuple[Law, ...] = (liveness.collectives_run_in_lock_step, liveness.every_rank_finishes)
 NAMES = tuple(law.__name__ for law in (*LIVENESS, *LAWS, *TWIN_LAWS))
 
 

@@ -22,7 +22,9 @@ def collectives_run_in_lock_step(case: Case, ranks: Sequence[Observation], refer
         return 0
     apart = _apart(ranks)
     if apart is not None:
-        raise Violation(case, "collectives run in lock-step", *_out_of_step(apart))
+        violation = Violation(case, "collectives run in lock-step", *_out_of_step(apart))
+        violation.details = _told(ranks)
+        raise violation
     return sum(len(rank.calls) for rank in ranks)
 
 
@@ -54,8 +56,20 @@ def every_rank_finishes(case: Case, ranks: Sequence[Observation], reference: Obs
             blamed.error.strip(),
             _said(ranks, blamed),
         )
-        raise violation_of(cause(blamed))(case, "every rank finishes", *finding)
+        violation = violation_of(cause(blamed))(case, "every rank finishes", *finding)
+        violation.details = _told(ranks)
+        raise violation
     return len(ranks)
+
+
+def _told(ranks: Sequence[Observation]) -> str:
+    """Of every rank: how it ended, its last collective, its stack or traceback."""
+    return "\n\n".join(filter(None, (part for rank in ranks for part in (_last(rank), rank.error.strip()))))
+
+
+def _last(rank: Observation) -> str:
+    last = f"its last collective, number {len(rank.calls)}, was {rank.calls[-1]}" if rank.calls else "no collective"
+    return f"{_ended(rank)}; {last}"
 
 
 def _first_to_fail(ranks: Sequence[Observation]) -> Observation | None:

@@ -1,0 +1,140 @@
+"""After the search: runs a minimal case again, looks around it and into it, and writes the folder of the failure.
+
+Knows trials, the neighbourhood, divergence, scripts and folders. Knows no pytest and no Hypothesis. Every step has its
+seconds; one that fails is named in the report, and the others go on.
+"""
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from fuzz import divergence, heatmap, known, neighbourhood, repro
+from fuzz.case import Case, HarnessFault, Violation
+from fuzz.folders import Folders
+from fuzz.report import AGAIN, Report
+from fuzz.timebox import Failure
+from fuzz.trial import Trials
+
+Step = Callable[[Report, Trials, Path], Report]
+
+AROUND = 30.0  # seconds for the neighbourhood
+SCRIPT = 60.0  # seconds for a script to show the bug
+LIVENESS = ("collectives run in lock-step", "every rank finishes")
+
+
+def investigate(failure: Failure, trials: Trials, folders: Folders, seconds: float = AROUND) -> tuple[Path, Report]:
+    """Find out what a maintainer asks, and write it down: the folder, and the report that lies in it."""
+    around = neighbourhood.explore(failure.violation.case, _fails(failure, trials), seconds)
+    failure = _smallest(failure, around.smaller, trials)
+    report = Report(failure.violation, plants=_planted(trials), commit=commit(), runs=_again(failure, trials))
+    report = replace(report, neighbourhood=around.sentence(), neighbours=around.table())
+    folder = folders.keep(failure)
+    for step in (_diverge, _script):
+        report = _tried(step, report, trials, folder, folders)
+    try:
+        folders.write(folder / "report.md", str(report))
+    except OSError as error:
+        folders.warn(folder, error)
+    return folder, report
+
+
+def _same(failure: Failure, violation: Violation | None) -> bool:
+    return violation is not None and (violation.law, violation.cause) == failure.identity
+
+
+def _fails(failure: Failure, trials: Trials) -> Callable[[Case, float], bool | None]:
+    """Whether a neighbour breaks the same law of the same cause; None where it breaks another or cannot be judged."""
+
+    def fails(case: Case, _left: float) -> bool | None:
+        try:
+            verdict = trials.judge(case)
+        except HarnessFault:
+            return None
+        if verdict.violation is None:
+            return None if verdict.doubts else False
+        return True if _same(failure, verdict.violation) else None
+
+    return fails
+
+
+def _smallest(failure: Failure, smaller: Case | None, trials: Trials) -> Failure:
+    """A neighbour that is smaller and fails too takes the place of the case."""
+    violation = trials.judge(smaller).violation if smaller is not None else None
+    return replace(failure, violation=violation) if violation and _same(failure, violation) else failure
+
+
+def _again(failure: Failure, trials: Trials) -> tuple[int, int]:
+    """How often the case fails when it is really run again, with twice the patience."""
+    verdicts = [trials.judge(failure.violation.case, times_patience=2.0) for _ in range(AGAIN)]
+    return sum(_same(failure, verdict.violation) for verdict in verdicts), AGAIN
+
+
+def _tried(step: Step, report: Report, trials: Trials, folder: Path, folders: Folders) -> Report:
+    """The report with what a step adds; where the step fails, with why."""
+    try:
+        return step(report, trials, folder)
+    except OSError as error:
+        folders.warn(folder, error)
+        return report
+    except (Exception, HarnessFault) as error:
+        why = f"{step.__name__.strip('_')}: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        return replace(report, missing=(*report.missing, why))
+
+
+def _diverge(report: Report, trials: Trials, folder: Path) -> Report:
+    if report.violation.law in LIVENESS:
+        return report
+    found = divergence.measure(trials, report.violation.case)
+    if found is None:
+        return report
+    heatmap.write(found, folder / "divergence.png")
+    return replace(report, divergence=found.sentence(), modules=found.table())
+
+
+def _script(report: Report, trials: Trials, folder: Path) -> Report:
+    """Write the script that shows the bug by itself; one that imports this package where that does not show it."""
+    violation, file = report.violation, folder / "repro.py"
+    plants = (*_planted(trials), *_needed_mends(violation.case, trials))
+    told = {"plants": plants, "sentence": violation.sentence, "seen_on": seen_on()}
+    kinds = {"self-contained": repro.script, "runs the whole case through this package": repro.whole_case}
+    for kind, make in kinds.items():
+        file.write_text(make(violation.case, violation.law, **told))
+        code, said = repro.check(file, SCRIPT)
+        if code == 1:
+            return replace(report, script=f"{kind}; exits 1 while the bug is there")
+    said = said.strip().splitlines()[-1:]
+    return replace(report, missing=(*report.missing, f"repro.py did not show the bug: exit code {code}, {said}"))
+
+
+def _planted(trials: Trials) -> tuple[str, ...]:
+    """What was planted on purpose; mends of known bugs are not."""
+    return tuple(plant for plant in trials.plants if plant not in known.mends())
+
+
+def _needed_mends(case: Case, trials: Trials) -> tuple[str, ...]:
+    """Mends that were on and that this case needs, as it lies where a known bug lives."""
+    needed = {bug.mend for bug in known.living() if bug.id in known.met(case)}
+    return tuple(plant for plant in trials.plants if plant in needed)
+
+
+def seen_on() -> str:
+    """The versions that a failure was seen on."""
+    packages = ("megatron-core", "torch")
+    return ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+
+
+def commit() -> str:
+    """The commit of a megatron-core that is installed from a checkout; empty for a release."""
+    said = metadata.distribution("megatron-core").read_text("direct_url.json")
+    folder = urlsplit(json.loads(said or "{}").get("url", "")).path
+    if not folder:
+        return ""
+    asked = ["git", "-C", unquote(folder), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

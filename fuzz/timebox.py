@@ -1,0 +1,71 @@
+"""One test's search for the smallest failure: verdicts recorded by case, a budget of seconds, and the best so far.
+
+Hypothesis stops shrinking by itself only after minutes. Once the budget is spent, cases that were not seen pass unrun,
+and recorded ones repeat their verdict, so that Hypothesis ends with the smallest that it has. Knows no pytest, no
+Hypothesis, no files.
+"""
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from fuzz.case import Case, Violation
+from fuzz.order import size
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A broken law: how the smallest case so far breaks it, the first case that did, and how many were tried."""
+
+    violation: Violation
+    first: Case
+    tried: int
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """Law and root cause: what tells one failure from another."""
+        return self.violation.law, self.violation.cause
+
+
+class TimeBox:
+    """The search of one test. `seconds` run from its first failure; `improved` is told every smaller case at once."""
+
+    def __init__(self, seconds: float, improved: Callable[[Failure], None]) -> None:
+        self.failures: dict[tuple[str, str], Failure] = {}
+        self.cases = 0
+        self._seconds, self._improved = seconds, improved
+        self._verdicts: dict[Case, tuple[Violation, TracebackType | None] | None] = {}
+        self._first: dict[tuple[str, str], Case] = {}
+        self._until = float("inf")
+
+    def left(self) -> float:
+        """Seconds of the budget that are left; infinite while nothing has failed."""
+        return max(0.0, self._until - time.monotonic())
+
+    def run(self, case: Case, judge: Callable[[Case], Violation | None]) -> None:
+        """Judge a case, or repeat what was found, or pass over it; raises the Violation."""
+        if case not in self._verdicts:
+            if not self.left():
+                return
+            self._record(case, judge(case))
+        if found := self._verdicts[case]:
+            violation, where = found
+            raise violation.with_traceback(where)
+
+    def _record(self, case: Case, violation: Violation | None) -> None:
+        self.cases += 1
+        self._verdicts[case] = None
+        if violation is not None:
+            traceback.clear_frames(violation.__traceback__)  # else the observations of every failing case stay
+            self._verdicts[case] = violation, violation.__traceback__
+            self._until = min(self._until, time.monotonic() + self._seconds)
+            self._compare(violation)
+
+    def _compare(self, violation: Violation) -> None:
+        key = violation.law, violation.cause
+        first, best = self._first.setdefault(key, violation.case), self.failures.get(key)
+        if best is None or size(violation.case) < size(best.violation.case):
+            self.failures[key] = Failure(violation, first, self.cases)
+            self._improved(self.failures[key])

@@ -1,0 +1,237 @@
+"""The search of a test: verdicts recorded by case, a budget, the best so far on disk, one folder per failure."""
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+
+from fuzz.case import Case, Violation, violation_of
+from fuzz.case_json import from_json
+from fuzz.folders import Folders, name
+from fuzz.timebox import Failure, TimeBox
+from toy_models.spec import Batch, Layout
+
+ROOT = Path(__file__).parents[1]
+LARGE = Case(layout=Layout(world=4, ep=2), batch=Batch(rows=4))
+MIDDLE = Case(layout=Layout(world=2, ep=2), batch=Batch(rows=4))
+SMALL = Case(layout=Layout(world=2, ep=2), batch=Batch(rows=2))
+
+
+def broken(case: Case, law: str = "law", cause: str = "") -> Violation:
+    kind = violation_of(cause) if cause else Violation
+    return kind(case, law, "rank 0", "1", "2", "in words")
+
+
+class Judge:
+    """Breaks the law on every case with more than one rank, and counts what was really run."""
+
+    def __init__(self) -> None:
+        self.run: list[Case] = []
+
+    def __call__(self, case: Case) -> Violation | None:
+        self.run.append(case)
+        if case.layout.world == 1:
+            return None
+        try:
+            self._law(case)
+        except Violation as violation:
+            return violation
+        raise AssertionError
+
+    def _law(self, case: Case) -> None:
+        self.seen = Bulk()
+        bulk = self.seen
+        self.alive = weakref.ref(bulk)
+        del self.seen
+        raise broken(case)
+
+
+class Bulk:
+    """What a rank saw."""
+
+
+def failing(box: TimeBox, case: Case, judge: Judge) -> Violation:
+    with pytest.raises(Violation) as caught:
+        box.run(case, judge)
+    return caught.value
+
+
+# ---- the time box ----------------------------------------------------------------------------------------------
+
+
+def test_a_verdict_is_found_once_and_repeated() -> None:
+    judge, box = Judge(), TimeBox(60.0, lambda _: None)
+    first = failing(box, SMALL, judge)
+    depth = _depth(first)
+    assert failing(box, SMALL, judge) is first and _depth(failing(box, SMALL, judge)) == depth
+    box.run(Case(), judge)
+    box.run(Case(), judge)
+    assert judge.run == [SMALL, Case()] and box.cases == 2
+
+
+def _depth(error: BaseException) -> int:
+    trace, found = error.__traceback__, 0
+    while trace is not None:
+        trace, found = trace.tb_next, found + 1
+    return found
+
+
+def test_a_recorded_violation_does_not_keep_what_was_seen() -> None:
+    judge, box = Judge(), TimeBox(60.0, lambda _: None)
+    failing(box, SMALL, judge)
+    gc.collect()
+    assert judge.alive() is None
+
+
+def test_once_the_budget_is_spent_unseen_cases_pass_unrun_and_seen_ones_fail() -> None:
+    judge, box = Judge(), TimeBox(0.0, lambda _: None)
+    assert box.left() == float("inf")
+    failing(box, LARGE, judge)
+    box.run(SMALL, judge)
+    assert box.left() == 0 and judge.run == [LARGE] and box.cases == 1
+    assert failing(box, LARGE, judge).case == LARGE
+
+
+def test_the_best_is_the_smallest_and_every_better_one_is_told() -> None:
+    told: list[Failure] = []
+    box = TimeBox(60.0, told.append)
+    for case in (MIDDLE, LARGE, SMALL, MIDDLE):
+        failing(box, case, Judge())
+    assert [one.violation.case for one in told] == [MIDDLE, SMALL]
+    assert {one.first for one in told} == {MIDDLE} and [one.tried for one in told] == [1, 3]
+
+
+def test_laws_and_causes_are_failures_of_their_own() -> None:
+    told: list[Failure] = []
+    box = TimeBox(60.0, told.append)
+    for case, violation in zip(
+        (SMALL, MIDDLE, LARGE), (broken(SMALL), broken(MIDDLE, cause="a"), broken(LARGE, "b")), strict=True
+    ):
+        with pytest.raises(Violation):
+            box.run(case, lambda _, found=violation: found)
+    assert set(box.failures) == {("law", ""), ("law", "a"), ("b", "")} and len(told) == 3
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------
+
+
+def failure(case: Case, first: Case = LARGE, cause: str = "") -> Failure:
+    return Failure(broken(case, "Every copy, delivered once", cause), first, 1)
+
+
+def held(folder: Path, file: str = "case.json") -> Case:
+    return from_json((folder / file).read_text())
+
+
+def test_the_name_is_law_and_hash_and_depends_on_what_failed() -> None:
+    names = {name(failure(case, cause=cause)) for case in (SMALL, MIDDLE) for cause in ("", "a")}
+    assert len(names) == 4 and name(failure(SMALL)) == name(failure(SMALL, first=MIDDLE))
+    assert all(one.startswith("every-copy-delivered-once-") and len(one) == 34 for one in names)
+
+
+def test_a_smaller_case_renames_the_folder_and_the_first_case_stays(tmp_path: Path) -> None:
+    folders = Folders(tmp_path)
+    before = folders.keep(failure(LARGE))
+    assert held(before) == LARGE == held(before, "original.json")
+    after = folders.keep(failure(SMALL))
+    assert held(after) == SMALL and held(after, "original.json") == LARGE
+    assert [path.name for path in tmp_path.iterdir()] == [after.name] and not list(after.glob(".*"))
+
+
+def test_a_failure_found_before_is_one_folder(tmp_path: Path) -> None:
+    known = Folders(tmp_path).keep(failure(SMALL, first=MIDDLE))
+    (known / "report.md").write_text("as it was")
+    again = Folders(tmp_path)
+    again.keep(failure(LARGE))
+    assert again.keep(failure(SMALL)) == known and [path.name for path in tmp_path.iterdir()] == [known.name]
+    assert held(known, "original.json") == MIDDLE and (known / "report.md").read_text() == "as it was"
+
+
+def test_what_cannot_be_written_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "occupied").write_text("")
+    folders = Folders(tmp_path / "occupied")
+    for _ in range(2):
+        folders.keep(failure(SMALL))
+    [said] = folders.warnings
+    assert said.startswith(f"WARNING: {tmp_path}/occupied/every-copy-") and "(Not a directory)" in said
+
+
+# ---- the whole way, in a run of pytest -------------------------------------------------------------------------
+
+
+def run(tmp_path: Path, *arguments: str, selected: str = "any_case and 2ranks") -> tuple[int, str]:
+    """`pytest fuzz/` on a copy of the test file, so that .fuzz lies in a folder of its own."""
+    for file in ("conftest.py", "pyproject.toml", "fuzz"):
+        if not (tmp_path / file).exists():
+            (tmp_path / file).symlink_to(ROOT / file)
+    command = [sys.executable, "-m", "pytest", "fuzz/", "--hypothesis-profile=ci", "--max-ranks=2", "-k", selected]
+    done = subprocess.run(
+        [*command, f"--rootdir={tmp_path}", "-p", "no:cacheprovider", "-p", "tests.pretend", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PRETEND": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def folders_of(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / ".fuzz" / "failures").iterdir())
+
+
+def test_a_failure_becomes_a_folder_with_all_that_a_maintainer_asks(tmp_path: Path) -> None:
+    code, said = run(tmp_path, "--plant", "toy_models.planted.gradients:expert_gradients_scaled_twice")
+    assert code == 1, said
+    [folder] = folders_of(tmp_path)
+    files = {"case.json", "original.json", "report.md", "repro.py", "divergence.png"}
+    assert {file.name for file in folder.iterdir()} == files
+    case, original = held(folder), held(folder, "original.json")
+    assert case == Case(layout=Layout(world=2, ep=2), batch=Batch(rows=2)) != original
+    report = (folder / "report.md").read_text()
+    for part in (
+        "EP=2 on 2 ranks",
+        "failed 3 times (3/3)",
+        "megatron-core | 0.",
+        "holds for EP=1",
+        "```python\nCase(layout=",
+    ):
+        assert part in report, part
+    for part in (
+        "law violated  gradients match the reference",
+        "report      .fuzz/failures/",
+        "new failures",
+        f"@example({case!r})",
+    ):
+        assert part in said, part
+    assert "Traceback" not in said and "site-packages" not in said
+
+
+def test_two_root_causes_of_one_law_are_two_failures(tmp_path: Path) -> None:
+    code, said = run(tmp_path, "--plant", "tests.in_ranks:two_causes", "--shrink-seconds=20")
+    assert code == 1, said
+    folders = folders_of(tmp_path)
+    assert [folder.name.rpartition("-")[0] for folder in folders] == ["every-rank-finishes"] * 2
+    reports = [(folder / "report.md").read_text() for folder in folders]
+    causes = ["raised KeyError at megatron/core/", "raised ValueError at megatron/core/"]
+    assert sorted(cause for cause in causes for report in reports if cause in report.splitlines()[0]) == causes
+    assert all("## Every rank: last collective and stack" in report for report in reports)
+
+
+def test_an_unwritable_folder_is_one_warning_and_the_report_is_printed(tmp_path: Path) -> None:
+    (tmp_path / ".fuzz").write_text("in the way")
+    code, said = run(tmp_path, "--plant", "toy_models.planted.liveness:starved_expert_raises", "--shrink-seconds=5")
+    assert code == 1 and said.count("WARNING: ") == 1, said
+    assert "(Not a directory); it is printed here instead, the run goes on" in said
+    assert "## Minimal case" in said and "## Environment" in said and "@example(Case(" in said
+
+
+def test_a_bad_budget_is_one_line() -> None:
+    asked = [sys.executable, "-m", "pytest", "fuzz/", "--shrink-seconds=-1"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and "--shrink-seconds=-1.0 must be 0 or more" in done.stdout + done.stderr
