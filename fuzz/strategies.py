@@ -5,95 +5,71 @@ every case draws the same number of choices, in the order in which it should shr
 layers, tokens, steps, switches, everything else. What is off is drawn too, and ignored.
 """
 
-import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 from hypothesis import strategies as st
 
 from fuzz.case import PRECISIONS, TWINS, Case
-from toy_models.spec import DISPATCHERS, FAMILIES, PPO, RAGGEDNESS, Batch, Layout, MoEModel, Switches
+from fuzz.space import ADAM, DEGREES, EPSILONS, VALUES, fitting
+from fuzz.space import all_layouts as all_layouts
+from fuzz.space import worlds as worlds
+from toy_models.spec import DISPATCHERS, FAMILIES, PPO, Batch, Layout, MoEModel, Switches
 
-T = TypeVar("T")
 Draw = Callable[[st.SearchStrategy], Any]
 
-WORLDS = (1, 2, 4, 8)
-DEGREES = (1, 2, 4, 8)
 CHOICES = {"family": FAMILIES, "precision": PRECISIONS, "twin": TWINS, "dispatcher": DISPATCHERS}
 MOST_ROWS = 24  # several micro-batches per rank are drawn only where all rows together stay within this
 BUSY = 3  # steps between a case with no option on and one with most of them
+# Before anything else Hypothesis tries the alternatives of every choice below this, from the first to the last; so a
+# failure goes to a smaller world while most of its budget is left.
+ALTERNATIVES = 11
 
 
-def worlds(max_ranks: int) -> list[int]:
-    """The world sizes that are drawn, at most `max_ranks`."""
-    return [world for world in WORLDS if world <= max_ranks]
-
-
-@cache
-def all_layouts(world: int) -> tuple[Layout, ...]:
-    """Every layout of a world with power-of-two degrees, simplest first: few degrees above one, small, EP before TP."""
-    places = [x for x in itertools.product(DEGREES, repeat=3) if world % (x[0] * x[1]) == world % x[2] == 0]
-    return tuple(sorted((Layout(world=world, ep=ep, etp=etp, tp=tp) for ep, etp, tp in places), key=_complexity))
-
-
-def _complexity(layout: Layout) -> tuple:
-    degrees = (layout.ep, layout.etp, layout.tp)
-    return sum(degree > 1 for degree in degrees), layout.ep * layout.etp * layout.tp, degrees
-
-
-def _fitting(world: int, pins: dict[str, int]) -> list[Layout]:
-    return [x for x in all_layouts(world) if all(getattr(x, name) == value for name, value in pins.items())]
-
-
-def layouts(*, max_ranks: int = 4, world: int | None = None, **degrees: int | None) -> st.SearchStrategy[Layout]:
+def layouts(
+    *, max_ranks: int = 4, world: int | None = None, mostly: int | None = None, **degrees: int | None
+) -> st.SearchStrategy[Layout]:
     """Layouts of 1 to `max_ranks` ranks; `tp`, `ep`, `etp`, `dp`, `edp` pin degrees. ValueError where no layout fits.
 
-    Shrinks towards one rank, and within a world towards small degrees. Within a world all are equally likely.
+    Shrinks towards one rank, and within a world towards small degrees. Within a world all are equally likely. `world`
+    pins; `mostly` draws that world, and smaller ones now and then, so that a failure can shrink below it.
     """
     pins = {name: degree for name, degree in degrees.items() if degree is not None}
-    _check_pins(pins)
     if max_ranks < 1:
         raise ValueError(f"max_ranks={max_ranks} must be at least 1")
-    tried = worlds(max_ranks) if world is None else [world]
-    fitting = {size: found for size in tried if (found := _fitting(size, pins))}
-    if not fitting:
-        raise ValueError(_nothing_fits(tried, pins))
-    return _layouts(fitting)
-
-
-def _check_pins(pins: dict[str, int]) -> None:
-    known = ("tp", "ep", "etp", "dp", "edp")
-    unknown = sorted(set(pins) - set(known))
-    if unknown:
-        raise ValueError(f"cannot pin {', '.join(unknown)}; layouts can be pinned by world, {', '.join(known)}")
-
-
-def _possible(tried: Sequence[int], name: str, pins: dict[str, int]) -> list[int]:
-    return sorted({getattr(layout, name) for size in tried for layout in _fitting(size, pins)})
-
-
-def _nothing_fits(tried: Sequence[int], pins: dict[str, int]) -> str:
-    """What was asked, and what each pin could be: with the others as they are where there is such a value."""
-    asked = ", ".join(f"{name}={value}" for name, value in pins.items())
-    others = {name: {key: value for key, value in pins.items() if key != name} for name in pins}
-    degrees = {name: _possible(tried, name, rest) or _possible(tried, name, {}) for name, rest in others.items()}
-    possible = "; ".join(f"{name} can be {', '.join(map(str, values))}" for name, values in degrees.items())
-    return f"no layout of world={' or '.join(map(str, tried))} has {asked}; {possible}"
+    if world is not None and mostly is not None:
+        raise ValueError(f"world={world} is drawn always, mostly={mostly} in most cases; use one of them")
+    usual = world if mostly is None else mostly
+    found = fitting(worlds(max_ranks) if usual is None else [usual], pins)
+    if mostly is None:
+        # Larger worlds have more layouts: each counts as often as its place in the list.
+        return _layouts(found, [size for place, size in enumerate(found, 1) for _ in range(place)])
+    smaller = fitting([*worlds(mostly - 1), mostly], pins)
+    return _layouts(smaller, [*smaller, *[mostly] * (ALTERNATIVES - len(smaller))])
 
 
 @st.composite
-def _layouts(draw: Draw, fitting: dict[int, list[Layout]]) -> Layout:
-    # Larger worlds have more layouts: each counts as often as its place in the list.
-    bag = [size for place, size in enumerate(fitting, 1) for _ in range(place)]
-    found = fitting[draw(st.sampled_from(bag))]
-    # Degree by degree: an index into the whole list stays where the next smaller ones happen to pass. Each value counts
-    # as often as layouts have it. (`integers`, as `sampled_from` makes no choice where there is one value.)
+def _layouts(draw: Draw, found: dict[int, list[Layout]], bag: Sequence[int]) -> Layout:
+    # (`integers`, as `sampled_from` makes no choice where there is one value.)
+    left = found[bag[draw(st.integers(0, len(bag) - 1))]]
+    # Degree by degree: an index into the whole list stays where the next smaller ones happen to pass.
     for name in ("ep", "etp", "tp"):
-        degrees = sorted(getattr(layout, name) for layout in found)
-        degree = degrees[draw(st.integers(0, len(degrees) - 1))]
-        found = [layout for layout in found if getattr(layout, name) == degree]
-    return found[0]
+        degree = _degree(draw, [getattr(layout, name) for layout in left])
+        left = [layout for layout in left if getattr(layout, name) == degree]
+    return left[0]
+
+
+def _degree(draw: Draw, degrees: Sequence[int]) -> int:
+    """One of `degrees`, all equally likely.
+
+    The first choice names it, and goes on naming it when the world shrinks; the second, at 0 in every shrunk case,
+    evens out how often each is named.
+    """
+    named = [max((d for d in degrees if d <= name), default=min(degrees)) for name in DEGREES]
+    others = sorted((Counter(list(degrees) * len(named)) - Counter(named)).elements())
+    name, even = draw(st.integers(0, len(named) - 1)), draw(st.integers(0, len(degrees) - 1))
+    return others[len(named) * (even - 1) + name] if even else named[name]
 
 
 def _option(draw: Draw, busy: int) -> bool:
@@ -101,16 +77,22 @@ def _option(draw: Draw, busy: int) -> bool:
     return draw(st.integers(0, BUSY)) > BUSY - busy
 
 
-def _switched(draw: Draw, busy: int, off: T, on: Sequence[T]) -> T:
-    """`off`, or one of `on`; two choices either way."""
+def _switched(draw: Draw, busy: int, name: str) -> Any:
+    """What a setting is when it is off, or one of its other values; two choices either way."""
+    off, *on = VALUES[name]
     active, value = _option(draw, busy), draw(st.sampled_from(on))
     return value if active else off
+
+
+def _any(draw: Draw, name: str) -> Any:
+    return draw(st.sampled_from(VALUES[name]))
 
 
 def cases(
     *,
     max_ranks: int = 4,
     world: int | None = None,
+    mostly: int | None = None,
     tp: int | None = None,
     ep: int | None = None,
     etp: int | None = None,
@@ -121,13 +103,13 @@ def cases(
 ) -> st.SearchStrategy[Case]:
     """Whole cases. Shrinks towards one rank, one layer, two experts, one row of one prompt and one response token.
 
-    ValueError at once where nothing satisfies the pins.
+    `mostly` draws that world, and smaller ones now and then. ValueError at once where nothing satisfies the pins.
     """
     pins = {"family": family, "precision": precision, "twin": twin, "dispatcher": dispatcher}
     for name, allowed in CHOICES.items():
         if pins[name] is not None and pins[name] not in allowed:
             raise ValueError(f"{name}={pins[name]!r} is unknown; choose one of {', '.join(allowed)}")
-    return _cases(layouts(max_ranks=max_ranks, world=world, tp=tp, ep=ep, etp=etp), pins)
+    return _cases(layouts(max_ranks=max_ranks, world=world, mostly=mostly, tp=tp, ep=ep, etp=etp), pins)
 
 
 @st.composite
@@ -162,8 +144,8 @@ def _sizes(draw: Draw, layout: Layout) -> dict[str, int]:
 
 
 def _shape(draw: Draw) -> dict[str, int]:
-    """Rows per micro-batch, micro-batches per rank and mini-batch, lengths, optimizer steps (at most four)."""
-    names = {"micro_rows": 2, "micro_batches": 3, "prompt": 6, "response": 5}
+    """Micro-batches per rank and mini-batch, their rows, lengths, optimizer steps (at most four)."""
+    names = {"micro_batches": 3, "micro_rows": 2, "prompt": 6, "response": 5}
     shape = {name: draw(st.integers(1, most)) for name, most in names.items()}
     shape["mini_batches"] = draw(st.sampled_from((1, 2, 2, 3)))
     epochs = draw(st.sampled_from((1, 1, 1, 2)))
@@ -176,7 +158,7 @@ def _switches(draw: Draw, busy: int, dispatcher: str | None) -> Switches:
 
 
 def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family: str | None) -> MoEModel:
-    possible = ("qwen3moe", "qwen2moe", "mixtral")[: 3 if sizes["top_k"] > 1 else 2]
+    possible = FAMILIES[: 3 if sizes["top_k"] > 1 else 2]
     chosen = family or draw(st.sampled_from(possible))
     if chosen == "mixtral":
         sizes = sizes | {"top_k": max(2, sizes["top_k"])}
@@ -196,9 +178,9 @@ def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family:
         shared_ffn=shared if chosen == "qwen2moe" else 0,
         vocab=layout.tp * draw(st.integers(-(-8 // layout.tp), 16 // layout.tp)),
         tied=_option(draw, busy),
-        skew=_switched(draw, busy, 0.0, (4.0, 10.0, 1.0)),
-        aux_loss=_switched(draw, busy, 0.0, (1.0, 0.3, 7.0)),
-        z_loss=_switched(draw, busy, 0.0, (0.1, 0.03, 1.0)),
+        skew=_switched(draw, busy, "skew"),
+        aux_loss=_switched(draw, busy, "aux_loss"),
+        z_loss=_switched(draw, busy, "z_loss"),
     )
 
 
@@ -213,38 +195,33 @@ def _batch(draw: Draw, busy: int, layout: Layout, shape: dict[str, int]) -> Batc
         prompt=shape["prompt"],
         response=shape["response"],
         micro_rows=shape["micro_rows"],
-        raggedness=draw(st.sampled_from(RAGGEDNESS)),
+        raggedness=_any(draw, "raggedness"),
         holes=_option(draw, busy),
         pad_is_eos=_option(draw, busy),
     )
 
 
-# Adam divides by its eps: in float32 rounding of 1e-7 over an eps of 1e-8 would move a weight by the whole rate, and
-# no end-to-end law could judge it. The optimizer's own law judges every eps, from the gradients that it was given.
-EPSILONS = {"float64": (1e-8, 1e-4, 1e-2), "float32": (1e-3, 1e-4, 1e-2)}
-
-
 def _ppo(draw: Draw, busy: int, shape: dict[str, int], precision: str) -> PPO:
-    optimizer = draw(st.sampled_from(("sgd", "adam")))
-    rates = [draw(st.sampled_from((0.1, 0.03, 0.3))) for _ in range(2)]
-    factor = 1.0 if optimizer == "sgd" else 0.3
-    momentum = _switched(draw, busy, 0.0, (0.9, 0.5))
+    optimizer = _any(draw, "optimizer")
+    lr, critic_lr = _any(draw, "lr"), _any(draw, "critic_lr")
+    factor = 1.0 if optimizer == "sgd" else ADAM
+    momentum = _switched(draw, busy, "momentum")
     return PPO(
         epochs=shape["epochs"],
         mini_batches=shape["mini_batches"],
-        temperature=_switched(draw, busy, 1.0, (0.7, 1.6)),
-        gamma=_switched(draw, busy, 1.0, (0.9, 0.5)),
-        lam=_switched(draw, busy, 1.0, (0.95, 0.6, 0.0)),
-        kl_coef=_switched(draw, busy, 0.0, (0.1, 1.0)),
-        clip_eps=draw(st.sampled_from((0.2, 0.05, 0.01))),
-        value_clip=draw(st.sampled_from((0.2, 0.05, 0.01))),
-        entropy_coef=_switched(draw, busy, 0.0, (0.1, 1.0)),
+        temperature=_switched(draw, busy, "temperature"),
+        gamma=_switched(draw, busy, "gamma"),
+        lam=_switched(draw, busy, "lam"),
+        kl_coef=_switched(draw, busy, "kl_coef"),
+        clip_eps=_any(draw, "clip_eps"),
+        value_clip=_any(draw, "value_clip"),
+        entropy_coef=_switched(draw, busy, "entropy_coef"),
         whiten=_option(draw, busy),
         optimizer=optimizer,
-        lr=rates[0] * factor,
-        critic_lr=rates[1] * factor,
-        weight_decay=_switched(draw, busy, 0.0, (0.1, 1.0)),
+        lr=lr * factor,
+        critic_lr=critic_lr * factor,
+        weight_decay=_switched(draw, busy, "weight_decay"),
         momentum=momentum if optimizer == "sgd" else 0.0,
         eps=draw(st.sampled_from(EPSILONS[precision])),
-        max_norm=draw(st.sampled_from((0.0, 0.3, 1.0, 0.05, 0.0, 30.0))),
+        max_norm=draw(st.sampled_from((*VALUES["max_norm"], 0.0))),
     )

@@ -82,7 +82,10 @@ TABLE = {
     "fuzz.show": Row(
         "rich.* fuzz.case fuzz.case_files fuzz.case_json fuzz.known toy_models.batching toy_models.coordinates"
     ),
-    "fuzz.strategies": Row("hypothesis.* fuzz.case toy_models.spec"),
+    "fuzz.space": Row("fuzz.case toy_models.spec"),
+    "fuzz.order": Row("fuzz.case fuzz.space"),
+    "fuzz.neighbourhood": Row("fuzz.case fuzz.order fuzz.space toy_models.spec"),
+    "fuzz.strategies": Row("hypothesis.* fuzz.case fuzz.space toy_models.spec"),
     "fuzz.summary": Row("rich.* fuzz.known fuzz.laws fuzz.strategies fuzz.trial"),
     "fuzz.test_ep_ppo_props": PARENT,
     "fuzz.trial": Row("fuzz.case fuzz.laws.* fuzz.ranks toy_models.batching toy_models.spec"),

@@ -1,5 +1,6 @@
 """What is drawn: valid by construction, everything reached, the smallest case first, pins honoured or refused."""
 
+import itertools
 import subprocess
 import sys
 from collections import Counter
@@ -10,13 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import find, given, settings
+from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from fuzz import strategies
 from fuzz.case import PRECISIONS, TWINS, Case
-from fuzz.strategies import EPSILONS, all_layouts, cases, layouts
+from fuzz.space import DEGREES, EPSILONS, VALUES, all_layouts
+from fuzz.strategies import cases, layouts
 from toy_models.spec import DISPATCHERS, FAMILIES, OPTIMIZERS, PPO, RAGGEDNESS, Batch, Layout, MoEModel
 
 STEADY: dict[str, Any] = {"derandomize": True, "database": None, "deadline": None}
@@ -75,6 +77,29 @@ def test_what_matters_is_all_that_a_shrunk_case_shows(condition: Callable[[Case]
     assert smallest(condition) == least
 
 
+@pytest.mark.parametrize("mostly", [2, 4, 8])
+@pytest.mark.parametrize("name", ["ep", "etp", "tp"])
+def test_a_failure_shrinks_below_the_world_that_is_mostly_drawn(name: str, mostly: int) -> None:
+    """A bug of one degree is found on many ranks and shrinks to two."""
+    least = find(
+        cases(mostly=mostly),
+        lambda case: getattr(case.layout, name) >= 2,
+        settings=settings(max_examples=200, phases=[Phase.generate, Phase.shrink], **STEADY),
+    )
+    assert least == MINIMA[name][1]
+
+
+@pytest.mark.parametrize(("degree", "ranks"), [("ep", 4), ("tp", 4), ("ep", 8), ("etp", 8)])
+def test_a_degree_keeps_its_meaning_when_the_world_shrinks(degree: str, ranks: int) -> None:
+    """The whole world in one group: wherever that is found, it is found again on two ranks."""
+    found = find(
+        cases(mostly=ranks),
+        lambda case: case.layout.world == getattr(case.layout, degree) > 1,
+        settings=settings(max_examples=500, **STEADY),
+    )
+    assert found == MINIMA[degree][1]
+
+
 class Counting:
     """`hypothesis.strategies`, with a note of every primitive that is drawn."""
 
@@ -89,7 +114,15 @@ class Counting:
         return value
 
 
-@pytest.mark.parametrize("pins", [{"max_ranks": 8}, {"world": 4, "ep": 2, "family": "mixtral", "precision": "float32"}])
+@pytest.mark.parametrize(
+    "pins",
+    [
+        {"max_ranks": 8},
+        {"mostly": 4},
+        {"mostly": 1},
+        {"world": 4, "ep": 2, "family": "mixtral", "precision": "float32"},
+    ],
+)
 def test_every_case_draws_equally_many_choices(pins: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Hypothesis prefers fewer choices to smaller ones: a larger layout with fewer draws would win."""
     counting, seen = Counting(), set()
@@ -123,6 +156,35 @@ def test_every_layout_is_drawn() -> None:
     possible = {layout for world in (1, 2, 4) for layout in all_layouts(world)}
     assert len(possible) == 25
     assert {case.layout for case in many()} == possible
+
+
+def chosen(degrees: list[int]) -> Counter[int]:
+    """How many of all pairs of choices draw each degree."""
+    pairs = itertools.product(range(len(DEGREES)), range(len(degrees)))
+    return Counter(strategies._degree(partial(next, iter(pair)), degrees) for pair in pairs)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_the_layouts_of_a_world_are_equally_likely(ranks: int) -> None:
+    """Each degree as often as layouts have it, given those before. Counted, not sampled: Hypothesis repeats itself."""
+    ways = {(): list(all_layouts(ranks))}
+    for name in ("ep", "etp", "tp"):
+        for left in ways.values():
+            having = Counter(getattr(layout, name) for layout in left)
+            assert chosen(list(having.elements())) == {degree: len(DEGREES) * n for degree, n in having.items()}
+        split = [(*way, getattr(layout, name), layout) for way, left in ways.items() for layout in left]
+        ways = {way[:-1]: [other[-1] for other in split if other[:-1] == way[:-1]] for way in split}
+
+
+@pytest.mark.parametrize(("mostly", "least"), [(2, 0.8), (4, 0.7), (8, 0.6)])
+def test_mostly_is_most_of_the_cases_and_not_all(mostly: int, least: float) -> None:
+    worlds = Counter(layout.world for layout in drawn(layouts(mostly=mostly), 400))
+    assert set(worlds) == {world for world in (1, 2, 4, 8) if world <= mostly}
+    assert least < worlds[mostly] / 400 < 0.95
+
+
+def test_mostly_one_rank_is_always_one_rank() -> None:
+    assert {layout.world for layout in drawn(layouts(mostly=1), 20)} == {1}
 
 
 # Every bag of values that a case is filled from, by the path of its field.
@@ -162,6 +224,14 @@ REACHED: dict[str, tuple[Any, ...]] = {
     "twin": (None, *TWINS),
     "precision": PRECISIONS,
 }
+
+
+def test_what_is_reached_is_what_there_is_to_draw() -> None:
+    """`space.VALUES` tells the neighbourhood which values lie next to one another."""
+    listed = {path.rpartition(".")[2]: set(values) for path, values in REACHED.items()}
+    assert {name: set(values) for name, values in VALUES.items() if name in listed} == {
+        name: listed[name] for name in VALUES if name in listed
+    }
 
 
 @pytest.mark.parametrize("path", REACHED)
@@ -220,6 +290,8 @@ def test_every_degree_of_a_layout_can_be_pinned(name: str) -> None:
         (lambda: cases(world=4, ep=4, etp=2), ["ep=4", "etp=2", "ep can be 1, 2"]),
         (lambda: cases(max_ranks=0), ["max_ranks=0"]),
         (lambda: cases(world=0), ["world=0"]),
+        (lambda: cases(world=2, mostly=4), ["world=2", "mostly=4", "one of them"]),
+        (lambda: cases(mostly=2, ep=4), ["world=2", "ep=4", "1, 2"]),
         (lambda: cases(family="llama"), ["family='llama'", *FAMILIES]),
         (lambda: cases(twin="none"), ["twin='none'", *TWINS]),
         (lambda: layouts(pp=2), ["pp", "tp, ep, etp, dp, edp"]),
