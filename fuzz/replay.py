@@ -4,8 +4,10 @@ Knows case files, trials, known bugs and the names of the laws. Options and thei
 """
 
 import difflib
+import importlib
 import json
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -196,11 +198,29 @@ class Replay:
 
     def _judge(self, case: Case, mends: tuple[str, ...]) -> "Verdict":
         if mends not in self._trials:
-            forking.warm_up()  # before torch is imported here, since it imports the same at the same time
+            if not self._trials:
+                _start()
             from fuzz.trial import Trials
 
             self._trials[mends] = Trials(plants=(*mends, *self.asked.plants))
         return self._trials[mends].judge(case)
+
+
+def _start() -> None:
+    """Begin the fork server and import what judges, undisturbed by Ctrl-C, which is heeded at the end.
+
+    The fork server ignores it once it has imported, and so must from its first moment; torch's import aborts on it.
+    """
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a new process inherits
+    try:
+        forking.warm_up()  # before torch is imported here, since it imports the same at the same time
+        signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+        importlib.import_module("fuzz.trial")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def run(paths: Sequence[Path], asked: Asked) -> int:
