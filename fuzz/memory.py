@@ -1,8 +1,8 @@
 """How much memory a case may need at most, computed from its numbers before anything runs. Stdlib only.
 
 A case file comes from strangers, and sizes that are each within bounds can still exhaust a laptop together. The factors
-are twice what was measured on cases that are large in one dimension only (tests/test_trust.py does it again); all ranks are
-taken to hold all weights and all tokens, as if nothing were sharded.
+are twice what was measured on cases that are large in one dimension only (`tests/test_trust.py` measures again); all
+ranks are taken to hold all weights and all tokens, as if nothing were sharded.
 """
 
 from fuzz.case import Case, Rollout, Update
