@@ -62,9 +62,9 @@ def _neighbours(case: Case) -> Iterator[Neighbour]:
     values = _values(case)
     for dimension, field in DIMENSIONS.items():
         for direction, value in _next(field, values).items():
-            moved = _moved(case, field, value)
-            if moved is not None:
-                yield Neighbour(dimension, direction, value, moved, _along(case, moved, field))
+            other = moved(case, **{field: value}, **_same_rate(case, field, value))
+            if other is not None:
+                yield Neighbour(dimension, direction, value, other, _along(case, other, field))
 
 
 def _values(case: Case) -> dict[str, Any]:
@@ -110,14 +110,14 @@ def _listed(here: Any, bag: tuple[Any, ...]) -> dict[str, Any]:
     return {"down": bag[place - 1] if place else None, "up": bag[place + 1] if place + 1 < len(bag) else None}
 
 
-def _moved(case: Case, field: str, value: Any) -> Case | None:
-    """The case with one field moved and the rest fitted to it; None where that cannot be."""
-    values = _fitted({**_values(case), field: value} | _same_rate(case, field, value))
+def moved(case: Case, **changes: Any) -> Case | None:
+    """The case with fields changed and the rest fitted to them; None where that cannot be."""
     try:
-        moved = _made(case, values)
+        made = _made(case, _fitted(_values(case) | changes))
     except ValueError:
         return None
-    return moved if _values(moved)[field] == value and moved != case else None
+    kept = all(_values(made)[field] == value for field, value in changes.items())
+    return made if kept and made != case else None
 
 
 def _same_rate(case: Case, field: str, value: Any) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _remade(part: Any, values: dict[str, Any]) -> Any:
     return replace(part, **{f.name: values[f.name] for f in fields(part)})
 
 
-def _along(case: Case, moved: Case, field: str) -> tuple[tuple[str, Any], ...]:
+def _along(case: Case, other: Case, field: str) -> tuple[tuple[str, Any], ...]:
     """What else differs and can be named; rows follow from the layout."""
-    before, after = _values(case), _values(moved)
+    before, after = _values(case), _values(other)
     return tuple((name, after[name]) for name in after if after[name] != before[name] and name not in (field, "rows"))
