@@ -158,7 +158,10 @@ def _kill_group(pid: int) -> None:
 @functools.cache
 def home() -> Path:
     """This parent's private folder, which is removed however the parent ends."""
-    root = Path(tempfile.mkdtemp(prefix="fuzz-ranks-", dir=_place()))
+    try:
+        root = Path(tempfile.mkdtemp(prefix="fuzz-ranks-", dir=_place()))
+    except OSError as error:
+        raise HarnessFault(f"no folder can be made in {_place() or tempfile.gettempdir()}: {error.strerror}") from error
     # multiprocessing's folder holds the fork server's socket, and outlives a parent that is killed.
     keeper = CONTEXT.Process(target=_keep, args=([root, Path(util.get_temp_dir())],), daemon=True)
     util.Finalize(None, _leave, (keeper, root), exitpriority=50)

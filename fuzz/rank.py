@@ -8,13 +8,16 @@ import contextlib
 import faulthandler
 import gc
 import importlib
+import io
 import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from multiprocessing.connection import Connection
@@ -66,12 +69,22 @@ def _settle(seat: Seat) -> None:
     seat.file("pid").write_text(str(os.getpid()))
     log = os.open(seat.file("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
+    sys.stdout = sys.stderr = io.TextIOWrapper(_Log(log, "wb"), write_through=True)  # type: ignore[type-var]
     faulthandler.enable(file=2)
     faulthandler.register(signal.SIGUSR1, file=os.open(seat.file("stack"), os.O_WRONLY | os.O_CREAT))
     # Daemons may have no children, and saving a checkpoint forks a writer. Daemon or not matters to the parent only.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     torch.set_num_threads(1)
     gc.freeze()  # what was imported before the fork stays in pages shared with the fork server
+
+
+class _Log(io.FileIO):
+    """What a case prints to a full disk is lost, and no exception."""
+
+    def write(self, text: Any) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
 
 
 def _started(seat: Seat) -> Word:
@@ -97,6 +110,8 @@ def _answer(seat: Seat, progress: Callable[[str], None]) -> Word:
         outcome, seen = _outcome(called, progress, args)
         doing = f"pack what {function} returned"
         return outcome, _packed(seat, seen)
+    except Unwritten as error:
+        return "fault", str(error)
     except BaseException as error:
         return _fault(doing, error)
 
@@ -150,9 +165,25 @@ def _packed(seat: Seat, seen: dict[str, Any]) -> dict[str, Any]:
     head = pickle.dumps({**seen, "tensors": index})
     size = _aligned(len(head)) + end
     if size <= MOST_BYTES:
-        _write(seat.file("reply"), head, offsets, list(tensors.values()), size)
+        with written(seat.file("reply"), size):
+            _write(seat.file("reply"), head, offsets, list(tensors.values()), size)
     largest = max(tensors, key=lambda name: tensors[name].nbytes, default="")
     return {"size": size, "head": len(head), "largest": largest}
+
+
+class Unwritten(Exception):
+    """A disk is full, or may not be written to."""
+
+
+@contextlib.contextmanager
+def written(path: Path, size: int) -> Iterator[None]:
+    """Unwritten where `size` bytes cannot be written to `path`."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        said = f"{path} could not be written: {error.strerror}; it has {size:,} bytes, and {free:,} are free there"
+        raise Unwritten(said) from error
 
 
 def _write(path: Path, head: bytes, offsets: list[int], tensors: list[torch.Tensor], size: int) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz import endings, lockstep, pulse
-from fuzz.case import Observation
+from fuzz.case import HarnessFault, Observation
 from fuzz.forking import CONTEXT, FAREWELL, PRELOAD, exists, fork, home, kill
 from fuzz.rank import TEXT, Seat, Word, serve
 from fuzz.watch import TICK, Stall, Watch
@@ -30,6 +30,7 @@ START = 30.0  # seconds without a sign of life from a pool that starts
 USUAL = 0.5  # seconds from the fork to a pool that is ready, on two idle cores: what a machine takes longer, all takes
 PATIENCE = 5.0  # seconds without a sign of life that the record of calls does not explain, on such a machine
 MOST_PATIENCE = 12.0  # however slow the machine
+LEAST_ROOM = 2**20  # bytes free where calls and replies lie: below, what ranks do is not what they would do
 
 
 class Ranks:
@@ -62,15 +63,17 @@ class Ranks:
         f returns a dict with any of tensors, numbers, facts, seconds; HarnessFault where that cannot be had.
         """
         try:
+            _check_room()
             pool = self._warm()
             pool.call(function, args)
             words, stall = _gather(pool, self.patience * self._slowness * times_patience)
             observations = endings.observations(pool, words, stall)
+            if not _well(observations):
+                _check_room()
+                self.close()
         except BaseException:
             self.close()
             raise
-        if not _well(observations):
-            self.close()
         return observations
 
     def close(self) -> None:
@@ -98,6 +101,12 @@ class Ranks:
             self._end()
             raise
         return pool
+
+
+def _check_room() -> None:
+    free = shutil.disk_usage(home()).free
+    if free < LEAST_ROOM:
+        raise HarnessFault(f"{home()} has {free:,} bytes free; ranks need {LEAST_ROOM:,}: make room and run again")
 
 
 def _well(observations: list[Observation]) -> bool:

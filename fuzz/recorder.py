@@ -189,8 +189,8 @@ def _front(name: str, function: Callable, pulse: Pulse, nested: threading.local)
         try:
             work = function(*args, **kwargs)
         finally:
-            pulse.leave()
             nested.inside = False
+        pulse.leave()  # not where it raised: it then stays known for whom the rank waited
         return _Pending(work, pulse, index) if hasattr(work, "wait") else work
 
     return recorded
@@ -204,10 +204,9 @@ class _Pending:
 
     def wait(self, *args: Any, **kwargs: Any) -> Any:
         self._pulse.enter(self._index)
-        try:
-            return self._work.wait(*args, **kwargs)
-        finally:
-            self._pulse.leave()
+        answer = self._work.wait(*args, **kwargs)
+        self._pulse.leave()
+        return answer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
