@@ -32,8 +32,9 @@ SIZES = {
 SETTINGS = (*VALUES, "eps", "heads", "kv_heads", "ffn", "shared_ffn", "vocab")
 DIMENSIONS = LAYOUT | SIZES | {name: name for name in SETTINGS}
 
-# The least value of what is counted, and what it must be a multiple of.
-LEAST = {"experts": 2, "vocab": 8, "ffn": 2, "shared_ffn": 2, "seed": 0}
+# The least value of what is counted, what it is a multiple of, and how many times at least.
+LEAST = {"experts": 2, "vocab": 8, "seed": 0}
+TIMES = {"ffn": 2, "shared_ffn": 2}
 STEP = {"experts": "ep", "kv_heads": "tp", "heads": "kv_heads", "ffn": "etp", "shared_ffn": "tp", "vocab": "tp"}
 
 
@@ -84,7 +85,8 @@ def _next(field: str, values: dict[str, Any]) -> dict[str, Any]:
         both = _listed(here, _bag(field, values))
     else:
         step = values[STEP[field]] if field in STEP else 1
-        both = {"down": here - step if here - step >= LEAST.get(field, 1) else None, "up": here + step}
+        least = max(LEAST.get(field, 1), step * TIMES.get(field, 0))
+        both = {"down": here - step if here - step >= least else None, "up": here + step}
     return {direction: value for direction, value in both.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""What a failing case depends on: neighbours valid and one step away, the sentence and the table that they make."""
+"""What a failing case depends on: which case is simpler, neighbours one step away, the sentence that they make."""
 
 import time
 from collections.abc import Callable
@@ -33,6 +33,44 @@ def beside(case: Case, dimension: str) -> dict[str, Neighbour]:
     return {each.direction: each for each in neighbours(case) if each.dimension == dimension}
 
 
+# ---- which case is simpler --------------------------------------------------------------------------------------
+
+LADDER = (
+    Case(),
+    Case(seed=1),
+    Case(model=MoEModel(heads=2)),
+    Case(batch=Batch(holes=True)),
+    Case(batch=Batch(holes=True, pad_is_eos=True)),
+    Case(ppo=PPO(epochs=2)),
+    Case(ppo=PPO(mini_batches=2), batch=Batch(rows=2)),
+    Case(batch=Batch(response=2)),
+    Case(batch=Batch(prompt=2)),
+    Case(batch=Batch(rows=2, micro_rows=2)),
+    Case(batch=Batch(rows=2)),
+    Case(model=MoEModel(layers=2)),
+    Case(model=MoEModel(top_k=2)),
+    Case(model=MoEModel(experts=3)),
+    Case(layout=Layout(world=2), batch=Batch(rows=2)),
+    Case(layout=Layout(world=2, tp=2), model=MoEModel(heads=2, kv_heads=2)),
+    EP,
+    Case(layout=Layout(world=2, tp=2, ep=2), model=MoEModel(heads=2, kv_heads=2)),
+    Case(layout=Layout(world=4), batch=Batch(rows=4)),
+)
+
+
+def test_fewer_ranks_come_first_then_experts_top_k_layers_tokens_steps_and_switches() -> None:
+    """Whatever is larger further down the list outweighs all that stands above it."""
+    assert [LADDER.index(case) for case in sorted(reversed(LADDER), key=size)] == list(range(len(LADDER)))
+    switched = replace(Case(), batch=Batch(holes=True), ppo=PPO(whiten=True, max_norm=0.3), seed=99)
+    assert size(switched) < size(Case(ppo=PPO(epochs=2)))
+
+
+@settings(max_examples=200, derandomize=True, database=None, deadline=None)
+@given(cases(max_ranks=8), cases(max_ranks=8))
+def test_any_two_cases_have_an_order(one: Case, other: Case) -> None:
+    assert (size(one) < size(other)) + (size(other) < size(one)) == (one != other)
+
+
 # ---- neighbours ------------------------------------------------------------------------------------------------
 
 
@@ -54,8 +92,8 @@ def test_every_neighbour_is_where_it_says_and_every_step_is_back_to_back(case: C
 def test_a_neighbour_has_values_that_are_drawn(case: Case) -> None:
     """Layouts that there are, settings that the strategies have."""
     for each in neighbours(case):
-        degrees = replace(each.case.layout)
-        assert degrees in all_layouts(degrees.world) or degrees.world > 8
+        layout = each.case.layout
+        assert layout in all_layouts(layout.world) or layout.world > 8
         if each.dimension in VALUES and not each.dimension.endswith("lr"):
             assert each.value in VALUES[each.dimension]
 
