@@ -57,12 +57,10 @@ def _plant(text: str) -> str:
 def _replay(options: argparse.Namespace) -> int:
     from fuzz import known, replay
 
-    supported = ", ".join(known.SUPPORTED)
-    if known.version() not in known.SUPPORTED:
-        said = f"megatron-core {known.version()} is not supported (supported: {supported})"
+    if wrong := known.unsupported():
         if not options.any_version:
-            return _refuse(f"{said}; --any-version goes on all the same")
-        print(f"WARNING: {said}", file=sys.stderr)
+            return _refuse(wrong)
+        print(f"WARNING: {wrong}", file=sys.stderr)
     names = ("no_known", "keep_going", "json", "verbose")
     try:
         law = replay.law_named(options.law) if options.law else ""

@@ -108,11 +108,16 @@ class Seen:
         self.numbers: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
-        self._progress = progress
+        self._progress, self._stage = progress, ""
+
+    def alive(self, *_: Any) -> None:
+        """A sign of life: without one for seconds a rank is given up."""
+        self._progress(self._stage)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        self._progress(name)
+        self._stage = name
+        self.alive()
         began = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
@@ -143,6 +148,8 @@ def step(progress: Callable[[str], None], case: Case, forced: Mapping[int, Mappi
             use_groups(case.layout)
         with seen.stage("models"):
             roles = {name: megatron.make_role(case, name) for name in ROLES}
+            for role in roles.values():  # a lone rank makes no collectives
+                role.gpt.register_forward_pre_hook(seen.alive)
         _run(case, roles, forced or {}, seen)
     seen.facts["coordinates"] = _coordinates()
     return {"tensors": seen.tensors, "numbers": seen.numbers, "facts": seen.facts, "seconds": seen.seconds}

@@ -61,6 +61,14 @@ def version() -> str:
     return metadata.version("megatron-core")
 
 
+def unsupported() -> str:
+    """What is wrong with the installed megatron-core, in one line; empty where it is supported."""
+    if version() in SUPPORTED:
+        return ""
+    said = f"megatron-core {version()} is not supported (supported: {', '.join(SUPPORTED)})"
+    return f"{said}; --any-version goes on all the same"
+
+
 def living() -> tuple[Known, ...]:
     """The known bugs of the installed megatron-core; of an unsupported one, those of the newest supported."""
     here = version() if version() in SUPPORTED else SUPPORTED[-1]

@@ -100,8 +100,8 @@ def _words(law: str) -> str:
 
 
 def _is(sentence: str, law: str) -> bool:
-    """Whether a sentence states the law of that name; it may say more than the name."""
-    return _words(law).removeprefix("the ") in _words(sentence)
+    """Whether a sentence is the name of that law in words."""
+    return _words(law) == _words(sentence)
 
 
 def law_named(asked: str) -> str:

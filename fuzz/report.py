@@ -99,7 +99,7 @@ def title(violation: Violation) -> str:
 def described(law: str) -> str:
     """The law as a sentence of its own."""
     for function in (*laws.LIVENESS, *laws.LAWS, *laws.TWIN_LAWS):
-        if _words(function.__name__).removeprefix("the ") in _words(law):
+        if _words(function.__name__) == _words(law):
             return (function.__doc__ or law).split("\n\n")[0].replace("\n    ", " ")
     return law
 

@@ -26,14 +26,17 @@ class Row:
     types: str = ""  # under TYPE_CHECKING only
 
 
-LAWS = Row("torch.* fuzz.case fuzz.lockstep fuzz.laws.* toy_models.batching toy_models.spec toy_models.weights")
+LAWS = Row(
+    "torch.* fuzz.case fuzz.lockstep fuzz.laws.* toy_models.batching toy_models.coordinates toy_models.spec "
+    "toy_models.weights"
+)
 REFERENCE = Row(
     "torch.* transformers.* toy_models.batching toy_models.spec toy_models.families toy_models.weights "
     "toy_models.precision toy_models.reference_model toy_models.reference_rollout toy_models.reference_update"
 )
 SYSTEM = Row(
     "torch.* torch.distributed.* megatron.core.* toy_models.spec toy_models.families toy_models.weights "
-    "toy_models.batching toy_models.megatron_names "
+    "toy_models.batching toy_models.coordinates toy_models.megatron_names "
     "toy_models.precision toy_models.megatron toy_models.ppo toy_models.planted.*"
 )
 PARENT = Row(
@@ -105,7 +108,7 @@ TABLE = {
     "toy_models.coordinates": Row("toy_models.spec"),
     "toy_models.batching": Row("toy_models.spec"),
     "toy_models.megatron_names": Row("torch.* toy_models.spec toy_models.weights"),
-    "toy_models.weights": Row("torch.* transformers.* toy_models.batching toy_models.spec"),
+    "toy_models.weights": Row("toy_models.coordinates torch.* transformers.* toy_models.batching toy_models.spec"),
 }
 APART = ("torch.distributed",)  # not meant by `torch.*`: only who communicates may have it
 

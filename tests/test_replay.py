@@ -319,14 +319,7 @@ def test_exit_codes(outcomes: str, code: int) -> None:
 
 
 def test_laws_are_found_by_name_and_by_sentence() -> None:
-    """Every law by its name; and by the sentence that a Violation states, where that says more."""
+    """By its name, in any spelling; a Violation states the name in words."""
     for name in laws.NAMES:
         assert law_named(name) == law_named(name.replace("_", " ")) == law_named(name.replace("_", "-").upper()) == name
-    sentences = {
-        "alltoall and allgather dispatchers agree": "the_dispatchers_agree",
-        "the optimizer does its formula on the gradients it was given": "the_optimizer_does_its_formula",
-        "later mini-batches move as in the reference": "later_mini_batches_move",
-        "rollouts are the same tokens under every layout": "rollouts_are_the_same_tokens",
-    }
-    assert {sentence: law_named(sentence) for sentence in sentences} == sentences
     assert replay._is("rows are the same on model-parallel ranks", "rows_are_the_same_on_model_parallel_ranks")

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from toy_models import families, megatron_names, weights
 from toy_models.batching import padded_width
+from toy_models.coordinates import coordinates
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -182,7 +183,7 @@ class Role:
 
     def unpack(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """Canonical pieces of a tensor shaped like the parameter `name`."""
-        first = weights.coordinates(self.layout, self.rank).ep * (self.model.experts // self.layout.ep)
+        first = coordinates(self.layout, self.rank).ep * (self.model.experts // self.layout.ep)
         return megatron_names.unpack(self.model, self.name, name, tensor, first)
 
     def pieces(self, kind: str) -> dict[str, torch.Tensor]:

@@ -7,11 +7,11 @@ layout's coordinates are plain numbers. `place` says which slice of a canonical 
 from collections.abc import Iterable, Mapping
 from functools import cache, lru_cache
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 
 from toy_models.batching import uniform
+from toy_models.coordinates import coordinates
 from toy_models.spec import Layout, MoEModel
 
 ROLES = ("actor", "critic", "reference", "reward")
@@ -87,29 +87,6 @@ def canonical(model: MoEModel, role: str, seed: int) -> Mapping[str, torch.Tenso
     """The weights of a role's model, float64, from `seed` alone; each tensor has its own random stream. Read only."""
     drawn = {name: _draw(model, role, seed, name, shape) for name, shape in shapes(model, role).items()}
     return MappingProxyType(drawn)
-
-
-class Coordinates(NamedTuple):
-    """Where a rank sits on each axis, by megatron's default order tp-cp-ep-dp-pp (tp fastest)."""
-
-    tp: int
-    cp: int
-    dp: int
-    pp: int
-    etp: int
-    ep: int
-    edp: int
-
-
-@cache
-def coordinates(layout: Layout, rank: int) -> Coordinates:
-    """An independent formula for what `parallel_state.initialize_model_parallel` must give this rank."""
-    stage, inner = divmod(rank, layout.world // layout.pp)
-    rest, tp = divmod(inner, layout.tp)
-    dp, cp = divmod(rest, layout.cp)
-    rest, etp = divmod(inner, layout.etp)
-    edp, ep = divmod(rest, layout.ep)
-    return Coordinates(tp=tp, cp=cp, dp=dp, pp=stage, etp=etp, ep=ep, edp=edp)
 
 
 ROW_PARALLEL = ("o_proj.weight", "down_proj.weight")  # cut along the input, axis 1

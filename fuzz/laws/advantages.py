@@ -6,7 +6,7 @@ import torch
 
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import BOUNDS, compare, iterations, rows_of
-from toy_models import weights
+from toy_models.coordinates import coordinates
 
 
 def _rewards(case: Case, seen: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -54,7 +54,7 @@ def rewards_and_returns_match_a_closed_form(case: Case, ranks: Sequence[Observat
 
 def _whole_batch(case: Case, ranks: Sequence[Observation], i: int) -> dict[str, torch.Tensor]:
     """The observed arrays of all rows, from one rank of each DP coordinate."""
-    first = {weights.coordinates(case.layout, rank.rank).dp: rank for rank in reversed(ranks)}
+    first = {coordinates(case.layout, rank.rank).dp: rank for rank in reversed(ranks)}
     order = torch.tensor([row for dp in sorted(first) for row in rows_of(case, first[dp].rank)]).argsort()
     parts = [_seen(first[dp], i) for dp in sorted(first)]
     return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}

@@ -12,6 +12,7 @@ import torch
 from fuzz.case import Case, Observation
 from toy_models import weights
 from toy_models.batching import partition, prompt_lengths
+from toy_models.coordinates import coordinates
 
 TRAINED = ("actor", "critic")
 STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
@@ -134,13 +135,13 @@ def response_tokens(case: Case, tokens: torch.Tensor) -> torch.Tensor:
 
 def rows_of(case: Case, rank: int) -> list[int]:
     """The batch rows that a rank holds, in its order."""
-    dp = weights.coordinates(case.layout, rank).dp
+    dp = coordinates(case.layout, rank).dp
     return list(partition(case.layout, case.batch, case.ppo).rows_of(dp))
 
 
 def rows_in(case: Case, rank: int, step: Step) -> list[int]:
     """The batch rows that a rank trains in one step, in its order."""
-    dp = weights.coordinates(case.layout, rank).dp
+    dp = coordinates(case.layout, rank).dp
     micro = partition(case.layout, case.batch, case.ppo).micro[step.mini_batch][dp]
     return [row for rows in micro for row in rows]
 

@@ -11,6 +11,7 @@ import torch
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import BOUNDS, Finding, certain_iterations, compare, iterations
 from toy_models import weights
+from toy_models.coordinates import coordinates
 
 
 def _layers(case: Case) -> list[str]:
@@ -19,15 +20,15 @@ def _layers(case: Case) -> list[str]:
 
 def _peers(case: Case, rank: int) -> list[int]:
     """The ranks that exchange tokens with this one, itself included: the same EDP (and pipeline) coordinate."""
-    mine = weights.coordinates(case.layout, rank)
-    everyone = {r: weights.coordinates(case.layout, r) for r in range(case.layout.world)}
+    mine = coordinates(case.layout, rank)
+    everyone = {r: coordinates(case.layout, r) for r in range(case.layout.world)}
     return [r for r, at in everyone.items() if (at.edp, at.pp) == (mine.edp, mine.pp)]
 
 
 def _copies_due(case: Case, ranks: Sequence[Observation], rank: int, key: str) -> Counter:
     """(expert, token id) -> copies that must reach this rank: every peer's tokens routed to its experts, once."""
     local = case.model.experts // case.layout.ep
-    first = weights.coordinates(case.layout, rank).ep * local
+    first = coordinates(case.layout, rank).ep * local
     due: Counter = Counter()
     for peer in _peers(case, rank):
         seen = ranks[peer].tensors
@@ -39,7 +40,7 @@ def _copies_due(case: Case, ranks: Sequence[Observation], rank: int, key: str) -
 
 def _copies_there(case: Case, rank: Observation, key: str) -> Counter:
     local = case.model.experts // case.layout.ep
-    first = weights.coordinates(case.layout, rank.rank).ep * local
+    first = coordinates(case.layout, rank.rank).ep * local
     counts = rank.tensors[f"{key}/counts"].long()
     experts = torch.arange(first, first + local).repeat_interleave(counts)
     ids = rank.tensors[f"{key}/arrived"][:, 0].round().long()
@@ -72,9 +73,9 @@ def every_copy_is_delivered_once(case: Case, ranks: Sequence[Observation], refer
 
 def _unequal_splits(case: Case, ranks: Sequence[Observation], key: str) -> Finding | None:
     for sender in ranks:
-        at = weights.coordinates(case.layout, sender.rank)
+        at = coordinates(case.layout, sender.rank)
         for receiver in ranks:
-            to = weights.coordinates(case.layout, receiver.rank)
+            to = coordinates(case.layout, receiver.rank)
             sent, got = sender.facts[f"{key}/splits"]["input"], receiver.facts[f"{key}/splits"]["output"]
             if (at.edp, at.pp, at.etp) != (to.edp, to.pp, to.etp) or sent is None or sent[to.ep] == got[at.ep]:
                 continue

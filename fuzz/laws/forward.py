@@ -15,7 +15,7 @@ from fuzz.laws.compare import (
     rows_of,
     steps,
 )
-from toy_models import weights
+from toy_models.coordinates import coordinates
 
 
 def _cut(case: Case, rank: int, name: str, truth: torch.Tensor) -> torch.Tensor:
@@ -24,7 +24,7 @@ def _cut(case: Case, rank: int, name: str, truth: torch.Tensor) -> torch.Tensor:
     if name != "logits":
         return rows
     width = case.model.vocab // case.layout.tp
-    first = weights.coordinates(case.layout, rank).tp * width
+    first = coordinates(case.layout, rank).tp * width
     return rows[..., first : first + width]
 
 
@@ -54,7 +54,7 @@ def rollouts_are_the_same_tokens(case: Case, ranks: Sequence[Observation], refer
                 truth = reference.tensors[f"{i}/{name}"][rows_of(case, rank.rank)].long()
                 found = compare(f"{i}/{name}", rank.rank, rank.tensors[f"{i}/{name}"].long(), truth, 1.0, 0.0)
                 if found:
-                    raise Violation(case, "rollouts are the same tokens under every layout", *found)
+                    raise Violation(case, "rollouts are the same tokens", *found)
         judged += 1
     return judged
 

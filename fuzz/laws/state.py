@@ -8,6 +8,7 @@ import torch
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import STATES, TRAINED, Finding, iterations, steps, updated
 from toy_models import weights
+from toy_models.coordinates import coordinates
 
 
 def _due(case: Case, rank: int, reference: Observation) -> list[str]:
@@ -86,7 +87,7 @@ def rows_are_the_same_on_model_parallel_ranks(case: Case, ranks: Sequence[Observ
 
 
 def _dp(case: Case, rank: int) -> int:
-    return weights.coordinates(case.layout, rank).dp
+    return coordinates(case.layout, rank).dp
 
 
 def _changed(rank: Observation, before: str, after: str, roles: Sequence[str]) -> Finding | None:
@@ -122,7 +123,7 @@ def reference_and_reward_models_never_change(case: Case, ranks: Sequence[Observa
 def ranks_sit_where_the_order_says(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
     """Megatron's coordinates of every rank equal an independent formula of the order tp-cp-ep-dp-pp."""
     for rank in ranks:
-        due, there = weights.coordinates(case.layout, rank.rank)._asdict(), rank.facts["coordinates"]
+        due, there = coordinates(case.layout, rank.rank)._asdict(), rank.facts["coordinates"]
         if due != there:
             finding = Finding(f"rank {rank.rank}", str(due), str(there), "megatron places the rank elsewhere")
             raise Violation(case, "ranks sit where the order says", *finding)

@@ -62,5 +62,5 @@ def the_dispatchers_agree(
     for mine, other in zip(ranks, twins, strict=True):
         found = _apart(case, mine, other, reference)
         if found:
-            raise Violation(case, "alltoall and allgather dispatchers agree", *found)
+            raise Violation(case, "the dispatchers agree", *found)
     return len(ranks)

@@ -192,7 +192,7 @@ def the_optimizer_does_its_formula(case: Case, ranks: Sequence[Observation], ref
             for rank in ranks:
                 found = _misstepped(case, rank, role, number)
                 if found:
-                    raise Violation(case, "the optimizer does its formula on the gradients it was given", *found)
+                    raise Violation(case, "the optimizer does its formula", *found)
     return len(steps(case))
 
 
@@ -262,7 +262,7 @@ def later_mini_batches_move(case: Case, ranks: Sequence[Observation], reference:
             bound = bound_of(reference, key, base, scale)
             found = compare(key, rank.rank, rank.tensors[key], due, scale, bound)
             if found:
-                raise Violation(case, "later mini-batches move as in the reference", *found)
+                raise Violation(case, "later mini-batches move", *found)
         judged += bool(reference.numbers[f"{step.key}/approx_kl"] != 0)
     return judged
 
