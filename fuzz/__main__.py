@@ -60,7 +60,7 @@ def _replay(options: argparse.Namespace) -> int:
     if wrong := known.unsupported():
         if not options.any_version:
             return _refuse(wrong)
-        print(f"WARNING: {wrong}", file=sys.stderr)
+        print(f"WARNING: {wrong.partition(';')[0]}", file=sys.stderr)
     names = ("no_known", "keep_going", "json", "verbose")
     try:
         law = replay.law_named(options.law) if options.law else ""
