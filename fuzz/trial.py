@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from fuzz.case import Case, HarnessFault, Observation, Violation, twin_of
 from fuzz.laws import judge
-from fuzz.laws.compare import doubts, forced_tokens
+from fuzz.laws.compare import doubts, forced_tokens, response_tokens
 from fuzz.laws.liveness import cause
 from fuzz.ranks import Ranks
 from toy_models.batching import padded_width, partition
@@ -56,6 +56,12 @@ class Trials:
             ill, violation = again is None, again
         why = [*doubts(case, reference), *why]
         return Verdict(case, counts, violation, why, ill, _facts(case, ranks, reference), seconds)
+
+    def traced(self, case: Case) -> tuple[Observation, list[Observation]]:
+        """The first optimizer step with taps on every module: the reference, and the ranks on the reference's tokens."""
+        truth = self._ask("fuzz.truth_trace:run", case)
+        near, responses = forced_tokens(case, truth).get(0, {}), response_tokens(case, truth.tensors["0/tokens"])
+        return truth, self._pool(case.layout.world).run("fuzz.trace:step", case, near, responses)
 
     def close(self) -> None:
         """End all processes."""

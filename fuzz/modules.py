@@ -1,0 +1,80 @@
+"""The modules of a traced model in the order of the forward pass, and whence their gradients come. Plain names.
+
+Knows a MoEModel and megatron's names, relative to the model; no tensors.
+"""
+
+import re
+
+from toy_models.spec import MoEModel
+
+IN_LAYER = (
+    "input_layernorm", "self_attention.linear_qkv", "self_attention.q_layernorm", "self_attention.k_layernorm",
+    "self_attention.core_attention", "self_attention", "pre_mlp_layernorm", "mlp.router", "mlp.token_dispatcher",
+    "mlp.experts.linear_fc1", "mlp.experts.linear_fc2", "mlp.shared_experts", "mlp",
+)  # fmt: skip
+DISPATCHER = "mlp.token_dispatcher"
+PER_COPY = (DISPATCHER, "mlp.experts.linear_fc1", "mlp.experts.linear_fc2")
+BY_FEATURE = ("linear_qkv", "q_layernorm", "k_layernorm", "core_attention")  # cut over TP by heads, not by position
+
+# Who reads what a module puts out, and so hands a gradient back to it; `+` is the layer that follows.
+READERS = {
+    "embedding": "layers.0.input_layernorm and the residual",
+    "input_layernorm": "self_attention.linear_qkv",
+    "self_attention.linear_qkv": "self_attention.core_attention",
+    "self_attention.q_layernorm": "self_attention.core_attention",
+    "self_attention.k_layernorm": "self_attention.core_attention",
+    "self_attention.core_attention": "self_attention.linear_proj",
+    "self_attention": "pre_mlp_layernorm and the residual",
+    "pre_mlp_layernorm": "mlp (router, token_dispatcher, shared_experts)",
+    "mlp.router": "mlp.token_dispatcher and mlp.experts",
+    "mlp.token_dispatcher": "mlp.experts.linear_fc1 and the gate of mlp.experts",
+    "mlp.experts.linear_fc1": "mlp.experts.linear_fc2",
+    "mlp.experts.linear_fc2": "the combine of mlp.token_dispatcher",
+    "mlp.shared_experts": "mlp",
+    "mlp": "the residual",
+    "final_layernorm": "output_layer",
+    "output_layer": "the loss",
+}
+
+_PARAMETERS = {
+    r"model\.embed_tokens\.weight": "embedding",
+    r"model\.norm\.weight": "final_layernorm",
+    r"(lm_head|score)\.weight": "output_layer",
+    r".*\.input_layernorm\.weight": "input_layernorm",
+    r".*\.self_attn\.[qkv]_proj\.(weight|bias)": "self_attention.linear_qkv",
+    r".*\.self_attn\.q_norm\.weight": "self_attention.q_layernorm",
+    r".*\.self_attn\.k_norm\.weight": "self_attention.k_layernorm",
+    r".*\.self_attn\.o_proj\.weight": "self_attention",
+    r".*\.post_attention_layernorm\.weight": "pre_mlp_layernorm",
+    r".*\.mlp\.gate\.weight": "mlp.router",
+    r".*\.mlp\.experts\.\d+\.(gate|up)_proj\.weight": "mlp.experts.linear_fc1",
+    r".*\.mlp\.experts\.\d+\.down_proj\.weight": "mlp.experts.linear_fc2",
+    r".*\.mlp\.shared_expert(_gate)?\..*weight": "mlp.shared_experts",
+}
+
+
+def names(model: MoEModel) -> list[str]:
+    """All modules, first to last; a family without some of them has no tensors for them."""
+    inside = [f"layers.{i}{name}" for i in range(model.layers) for name in (*(f".{n}" for n in IN_LAYER), "")]
+    return ["embedding", *inside, "final_layernorm", "output_layer"]
+
+
+def in_layer(module: str) -> tuple[str, str]:
+    """`layers.3.mlp.router` as `layers.3` and `mlp.router`; outside of layers the first is empty."""
+    found = re.fullmatch(r"(layers\.\d+)\.(.+)", module)
+    return (found[1], found[2]) if found else ("", module)
+
+
+def reader(model: MoEModel, module: str) -> str:
+    """Who hands back the gradient of a module's output."""
+    if found := re.fullmatch(r"layers\.(\d+)", module):
+        after = int(found[1]) + 1
+        return f"layers.{after}.input_layernorm and the residual" if after < model.layers else "final_layernorm"
+    return READERS[in_layer(module)[1]]
+
+
+def of_parameter(name: str) -> str:
+    """The module that a canonical tensor belongs to."""
+    layer = re.match(r"model\.(layers\.\d+\.)", name)
+    kind = next(module for pattern, module in _PARAMETERS.items() if re.fullmatch(pattern, name))
+    return f"{layer[1] if layer else ''}{kind}"

@@ -1,0 +1,171 @@
+"""Runs the first optimizer step of a case inside a rank with taps on every module of actor and critic.
+
+Hooks read; nothing of the system is replaced while it computes. Returns plain tensors of this rank, nothing gathered.
+Every output and gradient is announced as a stage, so that a rank that dies or hangs has said how far it came.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from fuzz import probe
+from fuzz.case import Case
+from fuzz.drive import Seen, use_groups
+from toy_models import megatron, ppo, precision
+from toy_models.megatron import Role
+from toy_models.taps import Taps
+from toy_models.weights import ROLES
+
+STEP = "0/0"  # iteration 0, optimizer step 0
+EXPERIENCE = ("old_logp", "ref_logp", "values", "scores", "rewards", "advantages", "returns")
+IN_LAYER = (
+    "input_layernorm", "self_attention.linear_qkv", "self_attention.q_layernorm", "self_attention.k_layernorm",
+    "self_attention.core_attention", "self_attention", "pre_mlp_layernorm", "mlp.router", "mlp.shared_experts", "mlp",
+)  # fmt: skip
+Progress = Callable[[str], None]
+Forced = Mapping[tuple[int, int], int]  # (row, position) -> token
+
+
+class _Enough(Exception):
+    """The first step of both models is done."""
+
+
+def step(progress: Progress, case: Case, near: Forced, responses_RT: torch.Tensor) -> dict[str, Any]:
+    """Roll out as the system does (`near`: tokens that rounding might change), then again with the reference's responses;
+    train actor and critic once on those.
+
+    Keys: `0/tokens`, `0/mask` of the first rollout, the rest of `docs/ppo.md` of the second; `forward/ROLE/MODULE` and
+    `backward/ROLE/MODULE`, [rows, positions, features] or [copies, features], and `copies/ROLE/layers.i`.
+    """
+    seen = Seen(progress)
+    with precision.keep_float64(case.precision == "float64"):
+        progress("models")
+        use_groups(case.layout)
+        roles = {name: megatron.make_role(case, name) for name in ROLES}
+        progress("rollout")
+        sampled = ppo.roll_out(case, roles["actor"], 0, near)
+        rollout = ppo.roll_out(case, roles["actor"], 0, _all(responses_RT))
+        progress("experience")
+        experience = ppo.gather_experience(case, roles, rollout)
+        seen.tensors |= _experienced(case, sampled, experience)
+        _update(case, roles, experience, seen, progress)
+    return {"tensors": seen.tensors, "numbers": seen.numbers}
+
+
+def _all(responses_RT: torch.Tensor) -> Forced:
+    return {(row, at): token for row, tokens in enumerate(responses_RT.tolist()) for at, token in enumerate(tokens)}
+
+
+def _experienced(case: Case, sampled: ppo.Rollout, experience: ppo.Experience) -> dict[str, torch.Tensor]:
+    width = case.batch.prompt + case.batch.response
+    found = {"0/tokens": sampled.tokens_RW[:, :width], "0/mask": sampled.mask_RT}
+    return found | {f"0/{name}": getattr(experience, name) for name in EXPERIENCE}
+
+
+def _update(case: Case, roles: Mapping[str, Role], experience: ppo.Experience, seen: Seen, progress: Progress) -> None:
+    with contextlib.ExitStack() as stack:
+        watched = {name: stack.enter_context(_tapped(roles[name], progress)) for name in ("actor", "critic")}
+        stack.enter_context(contextlib.suppress(_Enough))
+        ppo.update(case, roles, experience, lambda *event: _watch(seen, *event))
+    for name, (taps, record) in watched.items():
+        progress(f"{name} dispatch, run again with stamps")
+        seen.tensors |= _named(roles[name], taps, record, case.batch.micro_rows)
+
+
+def _watch(seen: Seen, moment: str, role: Role, step: int, numbers: Mapping[str, Any]) -> None:
+    seen.pieces(STEP, role, "grad" if moment == "gradients" else "weight")
+    if moment == "gradients":
+        return
+    seen.numbers |= {f"{STEP}/{name}": value for name, value in numbers.items() if name != "reports"}
+    if role.name == "actor":
+        seen.tensors[f"{STEP}/logp"] = torch.cat([report["logp"] for report in numbers["reports"]])
+    else:
+        raise _Enough
+
+
+# ---- taps ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _tapped(role: Role, progress: Progress) -> Iterator[tuple[Taps, probe.Record]]:
+    """Taps on all modules of a role, and the record of its routing, while the block runs."""
+    taps, gpt = Taps(lambda said: progress(f"{role.name} {said}")), role.gpt
+    modules = {"embedding": gpt.embedding, "final_layernorm": gpt.decoder.final_layernorm}
+    modules["output_layer"] = gpt.output_layer
+    for i, layer in enumerate(gpt.decoder.layers):
+        there = dict(layer.named_modules())
+        modules |= {f"layers.{i}": layer} | {f"layers.{i}.{name}": there[name] for name in IN_LAYER if name in there}
+        for j, expert in enumerate(layer.mlp.experts.local_experts):
+            modules |= {f"layers.{i}.mlp.experts.{fc}/{j}": getattr(expert, fc) for fc in ("linear_fc1", "linear_fc2")}
+    hooks = [_on_output(taps, name, module) for name, module in modules.items()]
+    hooks += [_on_dispatched(taps, i, layer.mlp.experts) for i, layer in enumerate(gpt.decoder.layers)]
+    try:
+        with probe.recording(role) as record:
+            yield taps, record
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _on_output(taps: Taps, name: str, module: torch.nn.Module) -> Any:
+    return module.register_forward_hook(lambda _, __, out: taps.tap(name, out[0] if isinstance(out, tuple) else out))
+
+
+def _on_dispatched(taps: Taps, layer: int, experts: torch.nn.Module) -> Any:
+    """What arrives at the experts of this rank: hidden states, and the probabilities that go with them."""
+
+    def hook(_: Any, inputs: tuple) -> None:
+        taps.tap(f"layers.{layer}.mlp.token_dispatcher/hidden", inputs[0])
+        taps.tap(f"layers.{layer}.mlp.token_dispatcher/probs", inputs[2])
+
+    return experts.register_forward_pre_hook(hook)
+
+
+# ---- what was seen, by name ------------------------------------------------------------------------------------
+
+
+def _named(role: Role, taps: Taps, record: probe.Record, rows: int) -> dict[str, torch.Tensor]:
+    found = {}
+    for kind, kept in (("forward", taps.values), ("backward", taps.gradients)):
+        for name in [name for name in kept if "/" not in name]:
+            found[f"{kind}/{role.name}/{name}"] = torch.cat([_by_row(one, rows) for one in kept[name]])
+        for i in range(role.model.layers):
+            copies = _copies(kept, f"layers.{i}.mlp.")
+            found |= {f"{kind}/{role.name}/{name}": tensor for name, tensor in copies.items()}
+    found |= {f"copies/{role.name}/layers.{i}": _whence(role, i, record) for i in range(role.model.layers)}
+    return found
+
+
+def _by_row(one: torch.Tensor, rows: int) -> torch.Tensor:
+    """[S, B, ...] of a micro-batch, or the router's [S·B, E], as [B, S, features]."""
+    return (one.unflatten(0, (-1, rows)) if one.dim() == 2 else one.flatten(2)).transpose(0, 1)
+
+
+def _copies(kept: Mapping[str, list[torch.Tensor]], prefix: str) -> dict[str, torch.Tensor]:
+    """What happened per copy, [copies, features]: micro-batch after micro-batch, in each expert after expert."""
+    pairs = zip(*(kept[f"{prefix}token_dispatcher/{part}"] for part in ("hidden", "probs")), strict=True)
+    found = {f"{prefix}token_dispatcher": torch.cat([torch.cat([h, p[:, None]], 1) for h, p in pairs])}
+    for fc in ("linear_fc1", "linear_fc2"):
+        experts = [kept[name] for name in kept if name.startswith(f"{prefix}experts.{fc}/")]
+        found[f"{prefix}experts.{fc}"] = torch.cat([one for micro in zip(*experts, strict=True) for one in micro])
+    return found
+
+
+def _whence(role: Role, layer: int, record: probe.Record) -> torch.Tensor:
+    """Where each copy came from, [copies, 4]: micro-batch, rank, index among that rank's tokens, and expert here.
+
+    Asked of the dispatcher itself, which is run again on the recorded routing with stamps in place of hidden states, so
+    that no order of copies is taken for granted. A stamp that no token has gives a rank of -1.
+    """
+    found = []
+    for micro, route in enumerate(record.routes[layer]):
+        again = probe.Record()
+        again.routes = {layer: [route]}
+        tensors, _ = probe.dispatch(role, layer, again)
+        stamps, tokens = tensors["arrived"][:, 0].round().long() - 1, len(tensors["sent"])
+        experts = torch.arange(len(tensors["counts"])).repeat_interleave(tensors["counts"].long())
+        ranks = torch.where(stamps >= 0, stamps // tokens, -1)
+        found.append(torch.stack([torch.full_like(stamps, micro), ranks, stamps % tokens, experts], dim=1))
+    return torch.cat(found)
