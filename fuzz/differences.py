@@ -1,7 +1,7 @@
 """Differences of a traced step between ranks and reference, module by module, as rows of numbers with their bounds.
 
-Pure functions on observations. Bounds and scales are those of the laws; `docs/tolerances.md` has their reasons. Knows no
-processes and no megatron.
+Pure functions on observations. Bounds and scales are those of the laws (`docs/tolerances.md`). Knows no processes and
+no megatron.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,7 +49,7 @@ class Row:
 
 
 def rows(case: Case, ranks: Sequence[Observation], truth: Observation) -> tuple[Row, ...]:
-    """All rows in causal order: forward, what the rollout gave, losses; backward; parameters; weights after the step."""
+    """All rows in causal order: forward, what the rollout gave, losses; backward; parameters; their new weights."""
     there = [name for name in modules.names(case.model) if f"forward/actor/{name}" in truth.tensors]
     forward = [_activation(case, ranks, truth, FORWARD, role, name) for role in TRAINED for name in there]
     forward += [*_rollout(case, ranks, truth), *_experience(case, ranks, truth), *_losses(case, ranks, truth)]
@@ -67,7 +67,7 @@ def _row(phase: str, module: str, gaps: Iterable[Gap | None], note: str = "") ->
 
 
 def _gap(mine: torch.Tensor | None, due: torch.Tensor, scale: float) -> float | None:
-    """The greatest relative difference; infinite where shapes differ or anything is NaN, None where there is nothing."""
+    """The greatest relative difference; infinite where shapes differ or anything is NaN, None where nothing is."""
     if mine is None or mine.shape != due.shape:
         return torch.inf
     worst = differs(mine, due, scale, -1.0)
@@ -88,7 +88,9 @@ def _activation(case: Case, ranks: Sequence[Observation], truth: Observation, ki
     gaps, notes = [], []
     for rank in ranks:
         due, note = _due(case, rank, truth, role, name, truth.tensors[key])
-        gap = torch.inf if note and kind == FORWARD else _gap(rank.tensors.get(key), due, scale)
+        # DDP averages over DP, so that each rank's loss, and what comes back from it, is DP times its share.
+        mine, times = rank.tensors.get(key), case.layout.dp if kind == BACKWARD else 1
+        gap = torch.inf if note and kind == FORWARD else _gap(mine, times * due, times * scale)
         gaps.append(None if gap is None else (gap, bound))
         notes += [f"rank {rank.rank}: {note}"] if note and kind == FORWARD else []
     return _row(kind, f"{role}/{name}", gaps, "; ".join(notes[:1]))

@@ -1,4 +1,4 @@
-"""Where system and reference part at the first optimizer step: module by module, forward then backward, then parameters.
+"""Where system and reference part at the first optimizer step: module by module, forward, backward, parameters.
 
 Knows trials, the bounds of the laws and what is compared with what. Knows no megatron, no torch module, no drawing.
 """
@@ -84,23 +84,18 @@ def _said(of: Divergence, row: Row) -> str:
     earlier, same = PHASES[: PHASES.index(row.phase)], [other for other in of.rows if other.phase == row.phase]
     at = same.index(row)
     matching = f"{same[at - 1].module} matches, " if at else ""
-    note = f": {row.note}" if row.note else ""
-    said = f"{row.phase}: {matching}{_what(of.case, row)} differs by {_number(row.greatest)} {_ranks(of, row.above)}"
-    later = sum(bool(other.above) for other in same[at + 1 :])
-    more = f", and so {'do' if later > 1 else 'does'} {later} after it" if later else ""
+    by = f" by {row.greatest:.1e}" if row.greatest < torch.inf else ""
+    note = f": {row.note}" if row.note else "" if by else " in shape or by NaN"
+    said = f"{row.phase}: {matching}{_what(of.case, row)} differs{by} {_ranks(of, row.above)}{note}"
     lead = f"{' and '.join(earlier).capitalize()} match everywhere. " if earlier else ""
-    return f"{lead}{said[0].upper()}{said[1:]}{note} (bound {row.bound:.1e}){more}."
+    return f"{lead}{said[0].upper()}{said[1:]} (bound {row.bound:.1e})."
 
 
 def _what(case: Case, row: Row) -> str:
-    role, _, module = row.module.partition("/")
+    module = row.module.partition("/")[2]
     if row.phase == BACKWARD:
         return f"the gradient that {modules.reader(case.model, module)} hands back to {row.module}"
     return {FORWARD: "", GRADIENTS: "the parameter gradient of ", WEIGHTS: "the new weight of "}[row.phase] + row.module
-
-
-def _number(gap: float) -> str:
-    return f"{gap:.1e}" if gap < torch.inf else "more than any number"
 
 
 def _ranks(of: Divergence, ranks: Sequence[int]) -> str:

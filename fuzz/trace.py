@@ -33,7 +33,7 @@ class _Enough(Exception):
 
 
 def step(progress: Progress, case: Case, near: Forced, responses_RT: torch.Tensor) -> dict[str, Any]:
-    """Roll out as the system does (`near`: tokens that rounding might change), then again with the reference's responses;
+    """Roll out as the system does (`near`: tokens that rounding might change), and again with the reference's responses;
     train actor and critic once on those.
 
     Keys: `0/tokens`, `0/mask` of the first rollout, the rest of `docs/ppo.md` of the second; `forward/ROLE/MODULE` and

@@ -58,7 +58,7 @@ class Trials:
         return Verdict(case, counts, violation, why, ill, _facts(case, ranks, reference), seconds)
 
     def traced(self, case: Case) -> tuple[Observation, list[Observation]]:
-        """The first optimizer step with taps on every module: the reference, and the ranks on the reference's tokens."""
+        """The first optimizer step with taps on every module: of the reference, and of the ranks on its tokens."""
         truth = self._ask("fuzz.truth_trace:run", case)
         near, responses = forced_tokens(case, truth).get(0, {}), response_tokens(case, truth.tensors["0/tokens"])
         return truth, self._pool(case.layout.world).run("fuzz.trace:step", case, near, responses)
