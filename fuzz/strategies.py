@@ -22,8 +22,9 @@ Draw = Callable[[st.SearchStrategy], Any]
 CHOICES = {"family": FAMILIES, "precision": PRECISIONS, "twin": TWINS, "dispatcher": DISPATCHERS}
 MOST_ROWS = 24  # several micro-batches per rank are drawn only where all rows together stay within this
 BUSY = 3  # steps between a case with no option on and one with most of them
-# Before anything else Hypothesis tries the alternatives of every choice below this, from the first to the last; so a
-# failure goes to a smaller world while most of its budget is left.
+# Before anything else Hypothesis goes once through all choices that are drawn from 0 on and lie below this, first to
+# last, puts each to 0, and tries the smaller values of those that others hang on. So a failure goes to a smaller world,
+# layout and model while most of its budget is left; later passes begin with the last choice.
 ALTERNATIVES = 11
 
 
@@ -70,6 +71,10 @@ def _degree(draw: Draw, degrees: Sequence[int]) -> int:
     others = sorted((Counter(list(degrees) * len(named)) - Counter(named)).elements())
     name, even = draw(st.integers(0, len(named) - 1)), draw(st.integers(0, len(degrees) - 1))
     return others[len(named) * (even - 1) + name] if even else named[name]
+
+
+def _count(draw: Draw, least: int, most: int) -> int:
+    return least + draw(st.integers(0, most - least))
 
 
 def _option(draw: Draw, busy: int) -> bool:
@@ -140,13 +145,13 @@ def _sizes(draw: Draw, layout: Layout) -> dict[str, int]:
     more = draw(st.integers(0, 3))
     experts = 2 + more if layout.ep == 1 else layout.ep * (1 + more)
     top_k = 1 + min(draw(st.integers(0, 3)), experts - 1)
-    return {"experts": experts, "top_k": top_k, "layers": draw(st.integers(1, 2))}
+    return {"experts": experts, "top_k": top_k, "layers": _count(draw, 1, 2)}
 
 
 def _shape(draw: Draw) -> dict[str, int]:
     """Micro-batches per rank and mini-batch, their rows, lengths, optimizer steps (at most four)."""
     names = {"micro_batches": 3, "micro_rows": 2, "prompt": 6, "response": 5}
-    shape = {name: draw(st.integers(1, most)) for name, most in names.items()}
+    shape = {name: _count(draw, 1, most) for name, most in names.items()}
     shape["mini_batches"] = draw(st.sampled_from((1, 2, 2, 3)))
     epochs = draw(st.sampled_from((1, 1, 1, 2)))
     return shape | {"epochs": epochs if shape["mini_batches"] < 3 else 1}
@@ -163,9 +168,9 @@ def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family:
     if chosen == "mixtral":
         sizes = sizes | {"top_k": max(2, sizes["top_k"])}
     normalised = draw(st.booleans())
-    kv_heads = layout.tp * draw(st.integers(1, 2))
-    heads = kv_heads * draw(st.integers(1, 2))
-    shared = layout.tp * draw(st.integers(2, 4))
+    kv_heads = layout.tp * _count(draw, 1, 2)
+    heads = kv_heads * _count(draw, 1, 2)
+    shared = layout.tp * _count(draw, 2, 4)
     return MoEModel(
         family=chosen,
         **sizes,
@@ -174,9 +179,9 @@ def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=4,
-        ffn=layout.etp * draw(st.integers(2, 4)),
+        ffn=layout.etp * _count(draw, 2, 4),
         shared_ffn=shared if chosen == "qwen2moe" else 0,
-        vocab=layout.tp * draw(st.integers(-(-8 // layout.tp), 16 // layout.tp)),
+        vocab=layout.tp * _count(draw, -(-8 // layout.tp), 16 // layout.tp),
         tied=_option(draw, busy),
         skew=_switched(draw, busy, "skew"),
         aux_loss=_switched(draw, busy, "aux_loss"),
