@@ -90,7 +90,7 @@ def of_copies(
 ) -> torch.Tensor:
     """What [R, W, K, P, F] says of each copy [copies, F]; NaN where the reference did not choose that expert."""
     part, found = coordinates(case.layout, rank).etp, truth.new_full((len(copies), truth.shape[-1]), torch.nan)
-    for at, copy in enumerate(copies):
-        for k in (chosen[copy.row, copy.position] == copy.expert).nonzero().flatten().tolist() if copy else ():
+    for at, copy in ((at, copy) for at, copy in enumerate(copies) if copy):
+        for k in (chosen[copy.row, copy.position] == copy.expert).nonzero().flatten().tolist():
             found[at] = truth[copy.row, copy.position, k, part]
     return found

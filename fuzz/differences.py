@@ -92,7 +92,9 @@ def _activation(case: Case, ranks: Sequence[Observation], truth: Observation, ki
         mine, times = rank.tensors.get(key), case.layout.dp if kind == BACKWARD else 1
         gap = torch.inf if note and kind == FORWARD else _gap(mine, times * due, times * scale)
         gaps.append(None if gap is None else (gap, bound))
-        notes += [f"rank {rank.rank}: {note}"] if note and kind == FORWARD else []
+        if kind == BACKWARD:
+            note = "its output carries no gradient" if name in rank.facts[f"{role}/detached"] else ""
+        notes += [f"rank {rank.rank}: {note}"] if note else []
     return _row(kind, f"{role}/{name}", gaps, "; ".join(notes[:1]))
 
 

@@ -94,7 +94,7 @@ def _said(of: Divergence, row: Row) -> str:
 def _what(case: Case, row: Row) -> str:
     module = row.module.partition("/")[2]
     if row.phase == BACKWARD:
-        return f"the gradient that {modules.reader(case.model, module)} hands back to {row.module}"
+        return f"the gradient handed back by {modules.reader(case.model, module)} to {row.module}"
     return {FORWARD: "", GRADIENTS: "the parameter gradient of ", WEIGHTS: "the new weight of "}[row.phase] + row.module
 
 

@@ -9,8 +9,8 @@ from toy_models.spec import MoEModel
 
 IN_LAYER = (
     "input_layernorm", "self_attention.linear_qkv", "self_attention.q_layernorm", "self_attention.k_layernorm",
-    "self_attention.core_attention", "self_attention", "pre_mlp_layernorm", "mlp.router", "mlp.token_dispatcher",
-    "mlp.experts.linear_fc1", "mlp.experts.linear_fc2", "mlp.shared_experts", "mlp",
+    "self_attention.core_attention", "self_attention", "pre_mlp_layernorm", "mlp.shared_experts", "mlp.router",
+    "mlp.token_dispatcher", "mlp.experts.linear_fc1", "mlp.experts.linear_fc2", "mlp",
 )  # fmt: skip
 DISPATCHER = "mlp.token_dispatcher"
 PER_COPY = (DISPATCHER, "mlp.experts.linear_fc1", "mlp.experts.linear_fc2")
@@ -18,16 +18,16 @@ BY_FEATURE = ("linear_qkv", "q_layernorm", "k_layernorm", "core_attention")  # c
 
 # Who reads what a module puts out, and so hands a gradient back to it; `+` is the layer that follows.
 READERS = {
-    "embedding": "layers.0.input_layernorm and the residual",
+    "embedding": "layers.0",
     "input_layernorm": "self_attention.linear_qkv",
     "self_attention.linear_qkv": "self_attention.core_attention",
     "self_attention.q_layernorm": "self_attention.core_attention",
     "self_attention.k_layernorm": "self_attention.core_attention",
     "self_attention.core_attention": "self_attention.linear_proj",
-    "self_attention": "pre_mlp_layernorm and the residual",
-    "pre_mlp_layernorm": "mlp (router, token_dispatcher, shared_experts)",
-    "mlp.router": "mlp.token_dispatcher and mlp.experts",
-    "mlp.token_dispatcher": "mlp.experts.linear_fc1 and the gate of mlp.experts",
+    "self_attention": "pre_mlp_layernorm or the residual",
+    "pre_mlp_layernorm": "mlp (its router, token_dispatcher or shared_experts)",
+    "mlp.router": "mlp.token_dispatcher",
+    "mlp.token_dispatcher": "mlp.experts",
     "mlp.experts.linear_fc1": "mlp.experts.linear_fc2",
     "mlp.experts.linear_fc2": "the combine of mlp.token_dispatcher",
     "mlp.shared_experts": "mlp",
@@ -69,7 +69,7 @@ def reader(model: MoEModel, module: str) -> str:
     """Who hands back the gradient of a module's output."""
     if found := re.fullmatch(r"layers\.(\d+)", module):
         after = int(found[1]) + 1
-        return f"layers.{after}.input_layernorm and the residual" if after < model.layers else "final_layernorm"
+        return f"layers.{after}" if after < model.layers else "final_layernorm"
     return READERS[in_layer(module)[1]]
 
 

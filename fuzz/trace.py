@@ -33,11 +33,12 @@ class _Enough(Exception):
 
 
 def step(progress: Progress, case: Case, near: Forced, responses_RT: torch.Tensor) -> dict[str, Any]:
-    """Roll out as the system does (`near`: tokens that rounding might change), and again with the reference's responses;
-    train actor and critic once on those.
+    """Roll out as the system does, but for tokens that rounding might change (`near`); then again with the reference's
+    responses, and train actor and critic once on those.
 
     Keys: `0/tokens`, `0/mask` of the first rollout, the rest of `docs/ppo.md` of the second; `forward/ROLE/MODULE` and
-    `backward/ROLE/MODULE`, [rows, positions, features] or [copies, features], and `copies/ROLE/layers.i`.
+    `backward/ROLE/MODULE`, [rows, positions, features] or [copies, features]; `copies/ROLE/layers.i`. The facts
+    `ROLE/detached` name modules of which something carries no gradient.
     """
     seen = Seen(progress)
     with precision.keep_float64(case.precision == "float64"):
@@ -51,7 +52,7 @@ def step(progress: Progress, case: Case, near: Forced, responses_RT: torch.Tenso
         experience = ppo.gather_experience(case, roles, rollout)
         seen.tensors |= _experienced(case, sampled, experience)
         _update(case, roles, experience, seen, progress)
-    return {"tensors": seen.tensors, "numbers": seen.numbers}
+    return {"tensors": seen.tensors, "numbers": seen.numbers, "facts": seen.facts}
 
 
 def _all(responses_RT: torch.Tensor) -> Forced:
@@ -72,6 +73,7 @@ def _update(case: Case, roles: Mapping[str, Role], experience: ppo.Experience, s
     for name, (taps, record) in watched.items():
         progress(f"{name} dispatch, run again with stamps")
         seen.tensors |= _named(roles[name], taps, record, case.batch.micro_rows)
+        seen.facts[f"{name}/detached"] = sorted({one.split("/")[0] for one in taps.detached})
 
 
 def _watch(seen: Seen, moment: str, role: Role, step: int, numbers: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ class Taps:
     def __init__(self, passed: Callable[[str], None] = lambda _: None) -> None:
         self.values: dict[str, list[torch.Tensor]] = {}
         self.gradients: dict[str, list[torch.Tensor]] = {}
+        self.detached: set[str] = set()  # what carries no gradient
         self._passed = passed
 
     def tap(self, name: str, tensor: torch.Tensor) -> None:
@@ -29,4 +30,6 @@ class Taps:
 
         if tensor.requires_grad:
             tensor.register_hook(keep)
+        else:
+            self.detached.add(name)
         self._passed(f"forward {name}")
