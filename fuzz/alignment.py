@@ -77,8 +77,8 @@ def misplaced(copies: list[Copy | None], wanted: set[Copy]) -> str:
     """What is wrong with the copies that arrived, in words; empty where each came once."""
     counts = Counter(copies)
     lost, more = sorted(wanted - set(copies)), [copy for copy in counts if copy not in wanted or counts[copy] > 1]
-    said = [f"{len(lost)} of {len(wanted)} copies did not arrive, first {_said(lost[0])}"] if lost else []
-    return " and ".join(said + ([f"{len(more)} came that should not, first {_said(more[0])}"] if more else []))
+    said = [f"{len(lost)} of {len(wanted)} copies do not arrive, first {_said(lost[0])}"] if lost else []
+    return " and ".join(said + ([f"{len(more)} arrive that should not, first {_said(more[0])}"] if more else []))
 
 
 def _said(copy: Copy | None) -> str:

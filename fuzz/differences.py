@@ -94,8 +94,8 @@ def _activation(case: Case, ranks: Sequence[Observation], truth: Observation, ki
         gaps.append(None if gap is None else (gap, bound))
         if kind == BACKWARD:
             note = "its output carries no gradient" if name in rank.facts[f"{role}/detached"] else ""
-        notes += [f"rank {rank.rank}: {note}"] if note else []
-    return _row(kind, f"{role}/{name}", gaps, "; ".join(notes[:1]))
+        notes += [f"on rank {rank.rank} {note}"] if note else []
+    return _row(kind, f"{role}/{name}", gaps, "".join(notes[:1]))
 
 
 def _due(
@@ -158,10 +158,10 @@ def _losses(case: Case, ranks: Sequence[Observation], truth: Observation) -> Ite
         yield _row(FORWARD, f"{role}/loss", gaps)
 
 
-def _number(case: Case, truth: Observation, key: str, rank: Observation, floor: float) -> Gap:
+def _number(case: Case, truth: Observation, key: str, rank: Observation, floor: float, kind: str = "forward") -> Gap:
     due, mine = (torch.tensor(one.numbers[key], dtype=torch.float64) for one in (truth, rank))
     scale = max(float(due.abs()), floor)
-    return _gap(mine, due, scale) or 0.0, bound_of(truth, key, BOUNDS[case.precision]["forward"], scale)
+    return _gap(mine, due, scale) or 0.0, bound_of(truth, key, BOUNDS[case.precision][kind], scale)
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------
@@ -184,3 +184,11 @@ def _parameters(
         if own:
             gaps = [_worst(gap(rank, name) for name in some) for rank, some in zip(ranks, held, strict=True)]
             yield _row(phase, f"{role}/{module}", gaps)
+    if kind == "grad":
+        yield _norm(case, ranks, truth, role)
+
+
+def _norm(case: Case, ranks: Sequence[Observation], truth: Observation, role: str) -> Row:
+    key, floor = f"{FIRST.key}/{role}_norm", FLOOR[case.precision] * summands(case, truth, "0", role)
+    gaps = [_number(case, truth, key, rank, floor, "norm") for rank in ranks]
+    return _row(GRADIENTS, f"{role}/{modules.NORM}", gaps)

@@ -75,7 +75,7 @@ def _how_far(rank: Observation) -> str:
 def _same(of: Divergence) -> str:
     ranks = f"{of.case.layout.world} rank{'s' * (of.case.layout.world > 1)}"
     return (
-        "At the first optimizer step, on the reference's tokens, nothing differs: every module of actor and critic "
+        "In the first optimizer step, on the reference's tokens, nothing differs: every module of actor and critic "
         f"forward and backward, parameter gradients and updated weights ({len(of.rows)} comparisons on {ranks})."
     )
 
@@ -83,18 +83,20 @@ def _same(of: Divergence) -> str:
 def _said(of: Divergence, row: Row) -> str:
     earlier, same = PHASES[: PHASES.index(row.phase)], [other for other in of.rows if other.phase == row.phase]
     at = same.index(row)
+    lead = f"everything matches in {' and '.join(earlier)}; " if earlier else ""
     matching = f"{same[at - 1].module} matches, " if at else ""
     by = f" by {row.greatest:.1e}" if row.greatest < torch.inf else ""
-    note = f": {row.note}" if row.note else "" if by else " in shape or by NaN"
-    said = f"{row.phase}: {matching}{_what(of.case, row)} differs{by} {_ranks(of, row.above)}{note}"
-    lead = f"{' and '.join(earlier).capitalize()} match everywhere. " if earlier else ""
-    return f"{lead}{said[0].upper()}{said[1:]} (bound {row.bound:.1e})."
+    note = f"; {row.note}" if row.note else "" if by else ", in shape or by NaN"
+    differs = f"{_what(of.case, row)} differs{by} {_ranks(of, row.above)}{note} (bound {row.bound:.1e})"
+    return f"In the first optimizer step {lead}{row.phase}: {matching}{differs}."
 
 
 def _what(case: Case, row: Row) -> str:
     module = row.module.partition("/")[2]
     if row.phase == BACKWARD:
         return f"the gradient handed back by {modules.reader(case.model, module)} to {row.module}"
+    if module == modules.NORM:
+        return row.module
     return {FORWARD: "", GRADIENTS: "the parameter gradient of ", WEIGHTS: "the new weight of "}[row.phase] + row.module
 
 

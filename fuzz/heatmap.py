@@ -47,7 +47,7 @@ def _title(divergence: Divergence, inches: float) -> str:
 
 def _panel_width(divergence: Divergence) -> float:
     world = divergence.case.layout.world
-    return min(MOST_WIDTH, max(1.0, world * (WIDTH if world <= WRITTEN else NARROW)))
+    return min(MOST_WIDTH, max(1.25, world * (WIDTH if world <= WRITTEN else NARROW)))
 
 
 def _shown(divergence: Divergence) -> list[str]:
@@ -76,9 +76,9 @@ class _Colours:
     def __init__(self, divergence: Divergence) -> None:
         from matplotlib import cm, colormaps, colors
 
-        bounds = [bound for row in divergence.rows for bound in row.bounds if bound > 0]
-        finite = [gap for row in divergence.rows for gap in row.differences if gap and gap < float("inf")]
-        scale = colors.LogNorm(min(bounds), max(1.0, *finite), clip=True)
+        pairs = [pair for row in divergence.rows for pair in zip(row.differences, row.bounds, strict=True)]
+        finite = [gap for gap, bound in pairs if gap is not None and bound < gap < float("inf")] or [1e-3]
+        scale = colors.LogNorm(min(1e-3, *finite), max(1.0, *finite), clip=True)
         part = colors.LinearSegmentedColormap.from_list("above", colormaps["inferno_r"](list(range(40, 230))))
         self.bar = cm.ScalarMappable(scale, part)
 

@@ -12,6 +12,7 @@ IN_LAYER = (
     "self_attention.core_attention", "self_attention", "pre_mlp_layernorm", "mlp.shared_experts", "mlp.router",
     "mlp.token_dispatcher", "mlp.experts.linear_fc1", "mlp.experts.linear_fc2", "mlp",
 )  # fmt: skip
+NORM = "gradient norm"  # no module, but what all of them together have
 DISPATCHER = "mlp.token_dispatcher"
 PER_COPY = (DISPATCHER, "mlp.experts.linear_fc1", "mlp.experts.linear_fc2")
 BY_FEATURE = ("linear_qkv", "q_layernorm", "k_layernorm", "core_attention")  # cut over TP by heads, not by position

@@ -93,7 +93,7 @@ def _watch(seen: Seen, moment: str, role: Role, step: int, numbers: Mapping[str,
 @contextlib.contextmanager
 def _tapped(role: Role, progress: Progress) -> Iterator[tuple[Taps, probe.Record]]:
     """Taps on all modules of a role, and the record of its routing, while the block runs."""
-    taps, gpt = Taps(lambda said: progress(f"{role.name} {said}")), role.gpt
+    taps, gpt = Taps(lambda said: progress(f"{role.name} {said.split('/')[0]}")), role.gpt
     modules = {"embedding": gpt.embedding, "final_layernorm": gpt.decoder.final_layernorm}
     modules["output_layer"] = gpt.output_layer
     for i, layer in enumerate(gpt.decoder.layers):
