@@ -9,13 +9,15 @@ Knows lines of bytes and numbers; nothing of processes, torch, cases or laws.
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import combinations
 from typing import Any
 
 ENDED = {"done": "had ended without it", "raised": "had raised an exception", "died": "had died"}
+EACH_OTHER, ELSEWHERE = "each waits for the other", "it waits there for somebody else"  # until the others go on
+ON_DEVICE = -2  # in place of the call that a rank is in: it waits until its device has done all that it has issued
 SAME_SHAPE = ("all_reduce", "broadcast", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
 MESSAGES = {"send": "send", "isend": "send", "recv": "recv", "irecv": "recv"}
 
@@ -75,6 +77,11 @@ class Divergence:
     others_call: Call | None
     why: str
 
+    @property
+    def certain(self) -> bool:
+        """Whether it stays so whatever anybody does."""
+        return self.why not in (EACH_OTHER, ELSEWHERE)
+
     def __str__(self) -> str:
         theirs = f"called {self.others_call}: " if self.others_call else ""
         return f"rank {self.rank} called {self.call}; rank {self.other} {theirs}{self.why}"
@@ -114,11 +121,12 @@ def in_step(record: Record) -> bool:
     return mismatch(record) is None and left_out(record) is None
 
 
-def left_out(record: Record) -> Divergence | None:
-    """Where all ranks have ended: a call that a member of its group never made."""
+def left_out(record: Record, ended: Collection[int] | None = None) -> Divergence | None:
+    """A call that a member of its group never made, of those that have `ended`: all where it is None."""
     for channel, members in channels(record).items():
         numbers = {rank: len(members.get(rank, ())) for rank in channel[1]}
-        fewest, most = min(numbers, key=numbers.__getitem__), max(numbers, key=numbers.__getitem__)
+        most, over = max(numbers, key=numbers.__getitem__), [r for r in numbers if ended is None or r in ended]
+        fewest = min(over, key=numbers.__getitem__, default=most)
         if numbers[fewest] < numbers[most]:
             call = record[most][members[most][numbers[fewest]]]
             return Divergence(most, call, fewest, None, "ended without it")
@@ -154,33 +162,77 @@ def _unlike_messages(a: Call, b: Call) -> str:
 # ---- can they go on? -------------------------------------------------------------------------------------------
 
 
-def standstill(record: Record, inside: Mapping[int, int], ended: Mapping[int, str]) -> list[Divergence]:
-    """Why every rank that has not ended waits for ever, one entry each; empty where one of them may still go on.
+def standstill(
+    record: Record, inside: Mapping[int, int], ended: Mapping[int, str], patient: bool = False
+) -> list[Divergence]:
+    """Why every rank that has not ended waits for ever, the most telling first; empty where one may still go on.
 
-    `inside`: the index of the call that a rank is in, -1 for none; `ended`: done, raised or died.
+    `inside`: the index of the call that a rank is in, -1 for none, or ON_DEVICE; `ended`: done, raised or died. Who
+    waits for its device may be let go by another call than the one that nobody meets yet: only to the `patient` is
+    that a reason.
     """
-    live = [rank for rank in record if rank not in ended]
-    if any(not 0 <= inside[rank] < len(record[rank]) for rank in live):
+    met, live = channels(record), [rank for rank in record if rank not in ended]
+    waiting = {rank: _waiting(record, met, rank, inside[rank]) for rank in live}
+    found = [_obstacle(record, met, waiting, ended, rank) for rank in live]
+    if any(one is None or (inside[one.rank] == ON_DEVICE and not (one.certain or patient)) for one in found):
         return []
-    met = channels(record)
-    found = [_obstacle(record, met, inside, ended, rank) for rank in live]
-    return [one for one in found if one] if all(found) else []
+    return sorted((one for one in found if one), key=telling)
+
+
+def telling(one: Divergence) -> int:
+    """What cannot be met at all comes first, then two that wait for each other, then who waits for these."""
+    return 0 if one.certain else 1 + (one.why == ELSEWHERE)
+
+
+Waiting = Mapping[int, Sequence[int]]  # by rank: the calls that keep it, as places in its record
+
+
+def _waiting(record: Record, met: Channels, rank: int, inside: int) -> list[int]:
+    """Of the calls that a rank waits for those that not all members of the group have made, or made alike."""
+    places = range(len(record[rank])) if inside == ON_DEVICE else [inside] if inside >= 0 else []
+    return [place for place in places if any(True for _ in _unmet(record, met, rank, place))]
+
+
+def _unmet(record: Record, met: Channels, rank: int, place: int) -> Iterator[tuple[int, Call | None, str]]:
+    """The members that do not meet a call: with none, or with one that it cannot meet, and why."""
+    call = record[rank][place]
+    members = met[call.channel]
+    turn = members[rank].index(place)
+    for other in call.ranks:
+        theirs = record[other][members[other][turn]] if len(members.get(other, ())) > turn else None
+        if theirs is None:
+            yield other, None, ""
+        elif other != rank and (why := unlike(rank, call, other, theirs)):
+            yield other, theirs, why
 
 
 def _obstacle(
-    record: Record, met: Channels, inside: Mapping[int, int], ended: Mapping[int, str], rank: int
+    record: Record, met: Channels, waiting: Waiting, ended: Mapping[int, str], rank: int
 ) -> Divergence | None:
-    """The member of the group for which this rank waits in vain."""
-    call = record[rank][inside[rank]]
-    members = met[call.channel]
-    turn = members[rank].index(inside[rank])
-    for other in call.ranks:
-        places = members.get(other, ())
-        if len(places) > turn:
-            if why := unlike(rank, call, other, record[other][places[turn]]) if other != rank else "":
-                return Divergence(rank, call, other, record[other][places[turn]], why)
-        elif other in ended:
-            return Divergence(rank, call, other, None, ENDED[ended[other]])
-        else:
-            return Divergence(rank, call, other, record[other][inside[other]], "each waits for the other")
-    return None
+    """The member of a group for which this rank waits in vain, the most telling of several."""
+    found = (
+        _divergence(record, waiting, ended, rank, record[rank][place], *other)
+        for place in waiting[rank]
+        for other in _unmet(record, met, rank, place)
+    )
+    return min((one for one in found if one), key=telling, default=None)
+
+
+def _divergence(
+    record: Record,
+    waiting: Waiting,
+    ended: Mapping[int, str],
+    rank: int,
+    call: Call,
+    other: int,
+    theirs: Call | None,
+    why: str,
+) -> Divergence | None:
+    """How a member that does not meet a call explains that its rank waits; None where it may still come."""
+    if why or other in ended:
+        return Divergence(rank, call, other, theirs, why or ENDED[ended[other]])
+    calls = [record[other][place] for place in waiting[other]]
+    if not calls:
+        return None
+    mutual = next((one for one in calls if rank in one.ranks), None)
+    return Divergence(rank, call, other, mutual or calls[0], EACH_OTHER if mutual else ELSEWHERE)

@@ -59,13 +59,15 @@ class Watch:
             self._used = {rank: _processor_time(self._pids[rank]) for rank in beats}
             if waits := self._standstill(beats, ended):
                 return Stall(f"nobody can go on: {waits[0]}", quiet, tuple(waits))
-        return self._unexplained(quiet) if quiet >= self._patience else None
+        return self._at_last(beats, ended, quiet) if quiet >= self._patience else None
 
-    def _standstill(self, beats: Mapping[int, pulse.Beat], ended: Mapping[int, str]) -> list[lockstep.Divergence]:
+    def _standstill(
+        self, beats: Mapping[int, pulse.Beat], ended: Mapping[int, str], patient: bool = False
+    ) -> list[lockstep.Divergence]:
         record = {rank: recorded(self._folder, rank) for rank in range(len(self._pids))}
-        return lockstep.standstill(record, {rank: beat.inside for rank, beat in beats.items()}, ended)
+        return lockstep.standstill(record, {rank: beat.inside for rank, beat in beats.items()}, ended, patient)
 
-    def _unexplained(self, quiet: float) -> Stall:
+    def _at_last(self, beats: Mapping[int, pulse.Beat], ended: Mapping[int, str], quiet: float) -> Stall:
         assert self._used is not None
         used = {rank: _processor_time(self._pids[rank]) - before for rank, before in self._used.items()}
         kept = [
@@ -73,6 +75,8 @@ class Watch:
         ]
         if kept:
             return Stall("; ".join(kept), quiet, starved=True)
+        if waits := self._standstill(beats, ended, patient=True):
+            return Stall(f"nobody can go on: {waits[0]}", quiet, tuple(waits))
         return Stall(f"no rank gave a sign of life for {quiet:.3g} s", quiet)
 
 

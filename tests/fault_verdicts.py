@@ -81,6 +81,6 @@ def _not_out_of_step(fault: Fault, verdict: Verdict) -> str:
         violation.law: r"collectives run in lock-step$",
         violation.witness: rf"ranks ({fault.rank} and \d|\d and {fault.rank}), group \d+( \w+)?$",
         violation.sentence: r".*called all_reduce int8\[13\] on \{[\d,]+\}( of \w+)? at tests/faults.py:\d+.*"
-        r"(cannot meet|ended without it)",
+        r"(cannot meet|ended without it|each waits for the other)",
     }
     return "; ".join(f"{said!r} is not {rule!r}" for said, rule in rules.items() if not re.match(rule, said))

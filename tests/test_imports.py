@@ -66,7 +66,8 @@ TABLE = {
     "fuzz.pulse": Row(),
     "fuzz.rank": Row("torch.* fuzz.pulse"),
     "fuzz.ranks": Row("fuzz.case fuzz.endings fuzz.forking fuzz.lockstep fuzz.pulse fuzz.rank fuzz.watch"),
-    "fuzz.recorder": Row("torch.* torch.distributed.* fuzz.lockstep fuzz.pulse"),
+    "fuzz.collectives": Row("torch.* torch.distributed.*"),
+    "fuzz.recorder": Row("torch.* torch.distributed.* fuzz.collectives fuzz.lockstep fuzz.pulse"),
     "fuzz.watch": Row("psutil fuzz.lockstep fuzz.pulse"),
     "fuzz.replay": Row(
         "psutil rich.* fuzz.case fuzz.case_files fuzz.forking fuzz.known fuzz.laws fuzz.memory fuzz.trial"

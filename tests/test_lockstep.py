@@ -6,16 +6,19 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 import torch.distributed as dist
 
+from fuzz import pulse
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws import liveness
-from fuzz.lockstep import Call, left_out, line, mismatch, parsed, standstill
+from fuzz.lockstep import ON_DEVICE, Call, left_out, line, mismatch, parsed, standstill
 from fuzz.ranks import Ranks
-from fuzz.recorder import DESCRIBED, SIGNATURES
+from fuzz.recorder import DESCRIBED, SIGNATURES, _waiting
 
 SELF = "tests.in_ranks"
 NOTHING = Observation(rank=0, outcome="done", stage="")
@@ -214,9 +217,60 @@ def test_a_rank_that_may_go_on_explains_the_others() -> None:
     assert standstill(pairs, {0: 0, 1: 0, 2: -1}, {}) == []
     waits = standstill(pairs, {0: 0, 1: 0}, {2: "done"})
     assert [(one.rank, one.other, one.why) for one in waits] == [
-        (0, 1, "each waits for the other"),
         (1, 2, "had ended without it"),
+        (0, 1, "it waits there for somebody else"),
     ]
+
+
+def test_of_many_who_wait_the_two_that_wait_for_each_other_are_named() -> None:
+    """Rank 3 alone is in a collective of all: 0 waits for 1, who waits for 3, who waits for everybody."""
+    everybody = call(group="0", ranks=(0, 1, 2, 3), where="alone.py:1")
+    record = {0: [call()], 1: [call(ranks=(1, 3))], 2: [call(ranks=(2, 3))], 3: [everybody]}
+    first, *others = standstill(record, dict.fromkeys(record, 0), {})
+    assert str(first).startswith("rank 1 called ") and str(first).endswith("alone.py:1: each waits for the other")
+    assert {one.rank for one in others} == {0, 2, 3}
+
+
+# ---- on a device, where calls return at once -------------------------------------------------------------------
+
+
+def test_who_waits_for_the_device_waits_for_all_that_was_issued() -> None:
+    """Rank 1 has ended without the second of three; the first was met, the third is a call of nobody else."""
+    record = {0: [call(where="a.py:1"), call(where="b.py:2"), call(group="9", where="c.py:3")], 1: [call()]}
+    [wait] = standstill(record, {0: ON_DEVICE}, {1: "done"})
+    assert (wait.rank, wait.other, wait.why) == (0, 1, "had ended without it") and wait.call.where == "b.py:2"
+    assert standstill({0: [call()], 1: [call()]}, {0: ON_DEVICE}, {1: "done"}) == []
+
+
+def test_on_a_device_only_the_patient_take_waiting_for_a_deadlock() -> None:
+    """The device may be at work before it comes to the call: what cannot be met at all is judged at once."""
+    record = {0: [call(group="7")], 1: [call(group="8")]}
+    inside = {0: ON_DEVICE, 1: ON_DEVICE}
+    assert standstill(record, inside, {}) == []
+    assert {one.why for one in standstill(record, inside, {}, patient=True)} == {"each waits for the other"}
+    unlike = {0: [call()], 1: [call(dtype="int64")]}
+    assert {one.why for one in standstill(unlike, inside, {})} == {
+        "dtype float32 cannot meet int64",
+        "dtype int64 cannot meet float32",
+    }
+
+
+def test_a_hung_rank_waits_for_one_that_has_ended_without_its_call() -> None:
+    """Though nobody could see that it waits there: it is in no call."""
+    ranks = [
+        Observation(rank=0, outcome="hung", stage="", calls=[call()], facts={"stack": ""}),
+        Observation(rank=1, outcome="done", stage=""),
+    ]
+    assert verdict(ranks).endswith("at x.py:1; rank 1 ended without it")
+    busy = [replace(ranks[0], calls=[]), ranks[1]]
+    assert verdict(busy).startswith("every rank finishes: rank 0 hangs in an unknown place")
+
+
+def test_waiting_for_the_device_is_published(tmp_path: Path) -> None:
+    own, seen = pulse.Pulse(tmp_path, 0), list[int]()
+    waited = _waiting(lambda: seen.append(pulse.beat(tmp_path, 0).inside), own, threading.local())
+    waited()
+    assert seen == [ON_DEVICE] and pulse.beat(tmp_path, 0).inside == -1
 
 
 def test_a_collective_in_which_all_are_is_no_standstill() -> None:

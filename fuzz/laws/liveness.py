@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from fuzz.case import Case, Observation, Violation, violation_of
 from fuzz.laws.compare import Finding
-from fuzz.lockstep import Divergence, left_out, mismatch
+from fuzz.lockstep import ON_DEVICE, Divergence, left_out, mismatch, telling
 
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>\S+)')
 OURS = re.compile(r"megatron/core/|toy_models/|tests/")
@@ -34,11 +34,10 @@ def _apart(ranks: Sequence[Observation]) -> Divergence | None:
     record = {rank.rank: rank.calls for rank in ranks}
     if found := mismatch(record):
         return found
-    outcomes = {rank.outcome for rank in ranks}
-    if outcomes == {"done"}:
-        return left_out(record)
-    waits = [wait for rank in ranks for wait in rank.waits]
-    return waits[0] if waits and not outcomes & {"died", "raised"} else None
+    if {rank.outcome for rank in ranks} & {"died", "raised"}:
+        return None
+    waits = sorted((wait for rank in ranks for wait in rank.waits), key=telling)
+    return waits[0] if waits else left_out(record, [rank.rank for rank in ranks if rank.outcome == "done"])
 
 
 def _out_of_step(apart: Divergence) -> Finding:
@@ -77,7 +76,7 @@ def _first_to_fail(ranks: Sequence[Observation]) -> Observation | None:
     """The rank to blame: one that died before one that raised before one that hangs; outside of collectives first."""
     failed = [rank for rank in ranks if rank.outcome in ("died", "raised", "hung")]
     order = ("died", "raised", "hung")
-    return min(failed, key=lambda rank: (order.index(rank.outcome), rank.inside >= 0, rank.rank), default=None)
+    return min(failed, key=lambda rank: (order.index(rank.outcome), rank.inside != -1, rank.rank), default=None)
 
 
 def _said(ranks: Sequence[Observation], blamed: Observation) -> str:
@@ -89,6 +88,8 @@ def _ended(rank: Observation) -> str:
     """What became of a rank that is not to blame."""
     if rank.inside >= 0:
         return f"rank {rank.rank} waited in {rank.calls[rank.inside]}"
+    if rank.inside == ON_DEVICE and rank.calls:
+        return f"rank {rank.rank} waited for its device after {rank.calls[-1]}"
     ended = {"done": "ended", "raised": f"raised {rank.facts.get('exception')}", "hung": "was busy"}
     return f"rank {rank.rank} {ended.get(rank.outcome, rank.outcome)} in {rank.stage}"
 
