@@ -68,7 +68,7 @@ def measure(trials: Trials, case: Case) -> Divergence:
 
 def _how_far(rank: Observation) -> str:
     ended = {"done": "finished", "hung": "hung", "died": "died", "raised": "raised", "starved": "got no processor"}
-    raised = f" {rank.facts['exception']}: {rank.facts['message'][:200]}" if rank.outcome == "raised" else ""
+    raised = f" {rank.facts['exception']}: {rank.facts['message'].partition('.')[0][:160]}" if rank.outcome == "raised" else ""
     return f"rank {rank.rank} {ended[rank.outcome]}{raised} after {rank.stage!r}"
 
 
