@@ -68,7 +68,8 @@ def measure(trials: Trials, case: Case) -> Divergence:
 
 def _how_far(rank: Observation) -> str:
     ended = {"done": "finished", "hung": "hung", "died": "died", "raised": "raised", "starved": "got no processor"}
-    raised = f" {rank.facts['exception']}: {rank.facts['message'].partition('.')[0][:160]}" if rank.outcome == "raised" else ""
+    said = rank.facts.get("message", "").strip().partition("\n")[0]
+    raised = f" {rank.facts['exception']}: {said[:160]}" if rank.outcome == "raised" else ""
     return f"rank {rank.rank} {ended[rank.outcome]}{raised} after {rank.stage!r}"
 
 

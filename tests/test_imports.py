@@ -57,6 +57,16 @@ TABLE = {
         "toy_models.spec "
         "toy_models.weights toy_models.precision toy_models.megatron toy_models.ppo"
     ),
+    "fuzz.trace": Row(
+        "torch.* fuzz.case fuzz.drive fuzz.probe toy_models.megatron toy_models.ppo toy_models.precision toy_models.taps "
+        "toy_models.weights"
+    ),
+    "fuzz.truth_trace": Row("torch.* fuzz.case fuzz.truth toy_models.reference_trace"),
+    "fuzz.modules": Row("toy_models.spec"),
+    "fuzz.alignment": Row("torch.* fuzz.case fuzz.modules fuzz.laws.* toy_models.batching toy_models.coordinates"),
+    "fuzz.differences": Row("torch.* fuzz.case fuzz.alignment fuzz.modules fuzz.laws.* toy_models.weights"),
+    "fuzz.divergence": Row("torch.* fuzz.case fuzz.alignment fuzz.differences fuzz.modules fuzz.laws.* fuzz.trial"),
+    "fuzz.heatmap": Row("matplotlib.* numpy fuzz.differences fuzz.divergence"),
     "fuzz.forking": Row("fuzz.case"),
     "fuzz.known": Row("fuzz.case toy_models.spec"),
     "fuzz.laws.*": LAWS,
@@ -105,6 +115,11 @@ TABLE = {
     "toy_models.reference_model": REFERENCE,
     "toy_models.reference_rollout": REFERENCE,
     "toy_models.reference_update": REFERENCE,
+    "toy_models.reference_packing": REFERENCE,
+    "toy_models.reference_trace": Row(
+        f"{REFERENCE.may} toy_models.reference toy_models.reference_packing toy_models.taps"
+    ),
+    "toy_models.taps": Row("torch.*"),
     "toy_models.spec": Row(),
     "toy_models.coordinates": Row("toy_models.spec"),
     "toy_models.batching": Row("toy_models.spec"),
@@ -117,6 +132,8 @@ APART = ("torch.distributed",)  # not meant by `torch.*`: only who communicates 
 NEVER = {
     "fuzz.drive": "hypothesis pytest rich toy_models.reference fuzz.strategies fuzz.laws fuzz.ranks",
     "fuzz.rank": "hypothesis pytest rich megatron fuzz.laws",
+    "fuzz.trace": "hypothesis pytest rich toy_models.reference fuzz.strategies fuzz.laws fuzz.ranks",
+    "fuzz.truth_trace": "hypothesis pytest rich megatron torch.distributed toy_models.ppo toy_models.megatron fuzz.laws",
     "fuzz.truth": "hypothesis pytest rich megatron torch.distributed toy_models.ppo toy_models.megatron fuzz.laws",
     "fuzz.strategies": "torch megatron transformers fuzz.ranks",
     "fuzz.case_json": "torch megatron transformers hypothesis",
