@@ -58,8 +58,8 @@ TABLE = {
         "toy_models.weights toy_models.precision toy_models.megatron toy_models.ppo"
     ),
     "fuzz.trace": Row(
-        "torch.* fuzz.case fuzz.drive fuzz.probe toy_models.megatron toy_models.ppo toy_models.precision toy_models.taps "
-        "toy_models.weights"
+        "torch.* fuzz.case fuzz.drive fuzz.probe toy_models.megatron toy_models.ppo toy_models.precision "
+        "toy_models.taps toy_models.weights"
     ),
     "fuzz.truth_trace": Row("torch.* fuzz.case fuzz.truth toy_models.reference_trace"),
     "fuzz.modules": Row("toy_models.spec"),
@@ -133,7 +133,7 @@ NEVER = {
     "fuzz.drive": "hypothesis pytest rich toy_models.reference fuzz.strategies fuzz.laws fuzz.ranks",
     "fuzz.rank": "hypothesis pytest rich megatron fuzz.laws",
     "fuzz.trace": "hypothesis pytest rich toy_models.reference fuzz.strategies fuzz.laws fuzz.ranks",
-    "fuzz.truth_trace": "hypothesis pytest rich megatron torch.distributed toy_models.ppo toy_models.megatron fuzz.laws",
+    "fuzz.truth_trace": "hypothesis pytest rich megatron torch.distributed toy_models.ppo fuzz.laws fuzz.ranks",
     "fuzz.truth": "hypothesis pytest rich megatron torch.distributed toy_models.ppo toy_models.megatron fuzz.laws",
     "fuzz.strategies": "torch megatron transformers fuzz.ranks",
     "fuzz.case_json": "torch megatron transformers hypothesis",
