@@ -94,7 +94,7 @@ def _activation(case: Case, ranks: Sequence[Observation], truth: Observation, ki
         gaps.append(None if gap is None else (gap, bound))
         if kind == BACKWARD:
             note = "its output carries no gradient" if name in rank.facts[f"{role}/detached"] else ""
-        notes += [f"on rank {rank.rank} {note}"] if note else []
+        notes += [f"on rank {rank.rank}, {note}"] if note else []
     return _row(kind, f"{role}/{name}", gaps, "".join(notes[:1]))
 
 

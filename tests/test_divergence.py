@@ -113,7 +113,7 @@ FOUND = {
     "dispatch:chunks_not_sorted_by_expert": (FORWARD, f"{MLP}.token_dispatcher", [0, 1], "copies do not arrive"),
     "dispatch:last_gathered_token_lost": (
         FORWARD, f"{MLP}.token_dispatcher", [1],
-        "on rank 1 1 of 10 copies do not arrive, first row 1, position 5 for expert 1",
+        "on rank 1, 1 of 10 copies do not arrive, first row 1, position 5 for expert 1",
     ),
     "dispatch:probabilities_of_other_ranks_lost": (FORWARD, f"{MLP}.token_dispatcher", [0, 1], "router matches"),
     "dispatch:chunks_restored_by_the_wrong_shape": (FORWARD, MLP, None, "experts.linear_fc2 matches"),
