@@ -167,10 +167,13 @@ def standstill(
 ) -> list[Divergence]:
     """Why every rank that has not ended waits for ever, the most telling first; empty where one may still go on.
 
-    `inside`: the index of the call that a rank is in, -1 for none, or ON_DEVICE; `ended`: done, raised or died. Who
-    waits for its device may be let go by another call than the one that nobody meets yet: only to the `patient` is
-    that a reason.
+    `inside`: the index of the call that a rank is in, or has raised or died in; -1 for none, or ON_DEVICE. `ended`:
+    done, raised or died. Who waits for its device may be let go by another call than the one that nobody meets yet:
+    only to the `patient` is that a reason.
     """
+    record = {
+        rank: calls[: inside[rank]] if rank in ended and inside[rank] >= 0 else calls for rank, calls in record.items()
+    }
     met, live = channels(record), [rank for rank in record if rank not in ended]
     waiting = {rank: _waiting(record, met, rank, inside[rank]) for rank in live}
     found = [_obstacle(record, met, waiting, ended, rank) for rank in live]

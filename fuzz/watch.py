@@ -65,7 +65,8 @@ class Watch:
         self, beats: Mapping[int, pulse.Beat], ended: Mapping[int, str], patient: bool = False
     ) -> list[lockstep.Divergence]:
         record = {rank: recorded(self._folder, rank) for rank in range(len(self._pids))}
-        return lockstep.standstill(record, {rank: beat.inside for rank, beat in beats.items()}, ended, patient)
+        inside = {rank: (beats.get(rank) or pulse.beat(self._folder, rank)).inside for rank in record}
+        return lockstep.standstill(record, inside, ended, patient)
 
     def _at_last(self, beats: Mapping[int, pulse.Beat], ended: Mapping[int, str], quiet: float) -> Stall:
         assert self._used is not None

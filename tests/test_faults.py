@@ -61,7 +61,8 @@ def _zombies() -> list[psutil.Process]:
     return [child for child in psutil.Process().children(True) if child.status() == psutil.STATUS_ZOMBIE]
 
 
-def check(faulty: Faulty, case: Case, fault: Fault, times_patience: float = 1.0) -> None:
+def check(faulty: Faulty, case: Case, fault: Fault, times_patience: float = 1.0) -> Verdict:
+    """The verdict of a case under a fault, where it is right and nothing is left of the fault."""
     healthy = faulty.trials.judge(case)
     assert healthy.violation is None and not healthy.doubts and healthy.counts["every_rank_finishes"]
     pids = faulty.pids(case)
@@ -73,6 +74,7 @@ def check(faulty: Faulty, case: Case, fault: Fault, times_patience: float = 1.0)
     left = [pid for pid in {*pids, *(one.pid for one in fired)} if pid not in faulty.pids(case)]
     assert gone(left, []) and bool(left) == (fault.kind != "pause")
     assert len(list(home().iterdir())) == faulty.folders() and _zombies() == []
+    return verdict
 
 
 slow = pytest.mark.slow
@@ -83,6 +85,7 @@ slow = pytest.mark.slow
     [
         (EP2, Fault("exception", 1, "collective 20")),
         (TP2, Fault("exception", 0, "step 1")),
+        (TP2, Fault("exception", 1, "inside 30")),
         (EP2, Fault("exit", 1, "stage update")),
         (EP2, Fault("segfault", 0, "inside 20")),
         (TP2, Fault("kill", 1, "stage rollout")),
@@ -104,7 +107,7 @@ slow = pytest.mark.slow
     ids=lambda value: f"{value.kind}-{value.at}".replace(" ", "-") if isinstance(value, Fault) else "",
 )
 def test_a_fault_that_the_record_explains(faulty: Faulty, case: Case, fault: Fault) -> None:
-    check(faulty, case, fault)
+    assert check(faulty, case, fault).seconds["quiet"] < 3
 
 
 @pytest.mark.parametrize(

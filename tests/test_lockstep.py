@@ -215,11 +215,19 @@ def test_a_rank_that_may_go_on_explains_the_others() -> None:
     """Rank 2 is in no collective: nobody stands still for good."""
     pairs = {0: [call()], 1: [call(ranks=(1, 2))], 2: []}
     assert standstill(pairs, {0: 0, 1: 0, 2: -1}, {}) == []
-    waits = standstill(pairs, {0: 0, 1: 0}, {2: "done"})
+    waits = standstill(pairs, {0: 0, 1: 0, 2: -1}, {2: "done"})
     assert [(one.rank, one.other, one.why) for one in waits] == [
         (1, 2, "had ended without it"),
         (0, 1, "it waits there for somebody else"),
     ]
+
+
+def test_who_raises_in_a_collective_has_not_met_it() -> None:
+    """The others wait for it, though the record says that it came."""
+    record = {0: [call(), call()], 1: [call(), call()]}
+    [wait] = standstill(record, {0: 1, 1: 1}, {1: "raised"})
+    assert (wait.rank, wait.other, wait.others_call, wait.why) == (0, 1, None, "had raised an exception")
+    assert standstill(record, {0: 1, 1: -1}, {1: "raised"}) == []
 
 
 def test_of_many_who_wait_the_two_that_wait_for_each_other_are_named() -> None:
@@ -237,9 +245,10 @@ def test_of_many_who_wait_the_two_that_wait_for_each_other_are_named() -> None:
 def test_who_waits_for_the_device_waits_for_all_that_was_issued() -> None:
     """Rank 1 has ended without the second of three; the first was met, the third is a call of nobody else."""
     record = {0: [call(where="a.py:1"), call(where="b.py:2"), call(group="9", where="c.py:3")], 1: [call()]}
-    [wait] = standstill(record, {0: ON_DEVICE}, {1: "done"})
+    inside = {0: ON_DEVICE, 1: -1}
+    [wait] = standstill(record, inside, {1: "done"})
     assert (wait.rank, wait.other, wait.why) == (0, 1, "had ended without it") and wait.call.where == "b.py:2"
-    assert standstill({0: [call()], 1: [call()]}, {0: ON_DEVICE}, {1: "done"}) == []
+    assert standstill({0: [call()], 1: [call()]}, inside, {1: "done"}) == []
 
 
 def test_on_a_device_only_the_patient_take_waiting_for_a_deadlock() -> None:
