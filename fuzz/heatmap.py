@@ -83,45 +83,56 @@ class _Colours:
         self.bar = cm.ScalarMappable(scale, part)
 
     def of(self, gap: float | None, bound: float) -> Any:
+        """Red, green, blue."""
+        from matplotlib.colors import to_rgb
+
         if gap is None:
-            return ABSENT
+            return to_rgb(ABSENT)
         if gap == float("inf"):
-            return INFINITE
-        return self.bar.to_rgba(np.array([gap]))[0] if gap > bound else UNDER
+            return to_rgb(INFINITE)
+        return self.bar.to_rgba(np.array([gap]))[0, :3] if gap > bound else to_rgb(UNDER)
 
 
 def _panel(
     axes: Any, divergence: Divergence, names: list[str], rows: Mapping[str, Row | None], colours: _Colours
 ) -> None:
-    from matplotlib.patches import Rectangle
+    world = divergence.case.layout.world
+    blank = [(None, 0.0)] * world
+    cells = [list(zip(row.differences, row.bounds, strict=True)) if (row := rows[name]) else blank for name in names]
+    picture = [[colours.of(*cell) for cell in line] for line in cells]
+    axes.imshow(picture, extent=(0, world, len(names), 0), aspect="auto", interpolation="nearest")
+    _rule(axes, world, names)
+    for at, line in enumerate(cells if world <= WRITTEN else ()):
+        for rank, (gap, bound) in enumerate(line):
+            _number(axes, rank, at, gap, bound, picture[at][rank])
+    if (first := divergence.first) and rows.get(first.module) is first:
+        _frame(axes, names.index(first.module), first.above)
 
-    world, first = divergence.case.layout.world, divergence.first
-    axes.set_xlim(0, world)
+
+def _rule(axes: Any, world: int, names: list[str]) -> None:
+    """Lines between cells, darker ones between actor, critic and the rest; numbers of ranks."""
+    axes.vlines(range(1, world), 0, len(names), color="#ffffff", linewidth=0.6)
+    axes.hlines(range(1, len(names)), 0, world, color="#ffffff", linewidth=0.6)
+    groups = [name.split("/")[0] for name in names]
+    ends = [at for at in range(1, len(names)) if groups[at] != groups[at - 1]]
+    axes.hlines(ends, 0, world, color="#555555", linewidth=0.8)
     every = -(-world // 16)
     axes.set_xticks([rank + 0.5 for rank in range(0, world, every)], range(0, world, every), fontsize=7)
     axes.set_xlabel("rank", fontsize=7)
     axes.tick_params(length=0)
-    for at, row in enumerate(rows[name] for name in names):
-        for rank in range(world) if row else ():
-            _cell(axes, row, rank, at, colours, world <= WRITTEN)  # type: ignore[arg-type]
-    for at in range(1, len(names)):
-        if names[at].split("/")[0] != names[at - 1].split("/")[0]:
-            axes.axhline(at, color="#555555", linewidth=0.8)
-    if first and rows.get(first.module) is first:
-        for rank in first.above:
-            place = rank, names.index(first.module)
-            axes.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor=FRAME, linewidth=2.5, zorder=3))
 
 
-def _cell(axes: Any, row: Row, rank: int, at: int, colours: _Colours, written: bool) -> None:
-    from matplotlib.patches import Rectangle
-
-    gap, bound = row.differences[rank], row.bounds[rank]
-    colour = colours.of(gap, bound)
-    axes.add_patch(Rectangle((rank, at), 1, 1, facecolor=colour, edgecolor="#ffffff", linewidth=0.6))
-    if written and gap is not None:
+def _number(axes: Any, rank: int, at: int, gap: float | None, bound: float, colour: Any) -> None:
+    if gap is not None:
         ink = "#8090a0" if gap <= bound else "#ffffff" if _dark(colour) else "#000000"
         axes.text(rank + 0.5, at + 0.5, _short(gap), fontsize=5.5, color=ink, ha="center", va="center")
+
+
+def _frame(axes: Any, at: int, ranks: list[int]) -> None:
+    from matplotlib.patches import Rectangle
+
+    for rank in ranks:
+        axes.add_patch(Rectangle((rank, at), 1, 1, fill=False, edgecolor=FRAME, linewidth=2.5, zorder=3))
 
 
 def _short(gap: float) -> str:
@@ -129,9 +140,7 @@ def _short(gap: float) -> str:
 
 
 def _dark(colour: Any) -> bool:
-    from matplotlib.colors import to_rgb
-
-    red, green, blue = to_rgb(colour)
+    red, green, blue = colour
     return 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
 
 
