@@ -11,7 +11,7 @@ from typing import Any
 
 from fuzz.case import Case
 from fuzz.order import micro_batches
-from fuzz.space import ADAM, EPSILONS, VALUES, WORLDS
+from fuzz.space import EPSILONS, VALUES, WORLDS, rates, values_of
 
 PARTS = ("layout", "model", "batch", "ppo", "switches")
 
@@ -82,26 +82,12 @@ def _next(field: str, values: dict[str, Any]) -> dict[str, Any]:
     if field in LAYOUT.values():
         both = {"down": here // 2 if here % 2 == 0 else None, "up": here * 2 if here < WORLDS[-1] else None}
     elif field in (*VALUES, "eps"):
-        both = _listed(here, _bag(field, values))
+        both = _listed(here, values_of(field, values["optimizer"], values["precision"]))
     else:
         step = values[STEP[field]] if field in STEP else 1
         least = max(LEAST.get(field, 1), step * TIMES.get(field, 0))
         both = {"down": here - step if here - step >= least else None, "up": here + step}
     return {direction: value for direction, value in both.items() if value is not None}
-
-
-def _bag(field: str, values: dict[str, Any]) -> tuple[Any, ...]:
-    """The values of a setting; none where it has no effect."""
-    adam = values["optimizer"] == "adam"
-    if field == "eps":
-        return EPSILONS[values["precision"]] if adam else ()
-    if field == "momentum" and adam:
-        return ()
-    return _rates(values["optimizer"]) if field in ("lr", "critic_lr") else VALUES[field]
-
-
-def _rates(optimizer: str) -> tuple[float, ...]:
-    return tuple(rate * (ADAM if optimizer == "adam" else 1.0) for rate in VALUES["lr"])
 
 
 def _listed(here: Any, bag: tuple[Any, ...]) -> dict[str, Any]:
@@ -128,9 +114,9 @@ def _same_rate(case: Case, field: str, value: Any) -> dict[str, Any]:
         return {"eps": EPSILONS[value][0]}
     if field != "optimizer":
         return {}
-    rates = dict(zip(_rates(case.ppo.optimizer), _rates(value), strict=True))
+    same = dict(zip(rates(case.ppo.optimizer), rates(value), strict=True))
     lr, critic_lr = case.ppo.lr, case.ppo.critic_lr
-    return {"lr": rates.get(lr, lr), "critic_lr": rates.get(critic_lr, critic_lr), "momentum": 0.0}
+    return {"lr": same.get(lr, lr), "critic_lr": same.get(critic_lr, critic_lr), "momentum": 0.0}
 
 
 def _fitted(values: dict[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,21 @@ EPSILONS = {"float64": (1e-8, 1e-4, 1e-2), "float32": (1e-3, 1e-4, 1e-2)}
 ADAM = 0.3  # its rates, as a share of those of SGD
 
 
+def values_of(name: str, optimizer: str, precision: str) -> tuple[Any, ...]:
+    """The values of a setting, simplest first; none where it has no effect."""
+    adam = optimizer == "adam"
+    if name == "eps":
+        return EPSILONS[precision] if adam else ()
+    if name == "momentum" and adam:
+        return ()
+    return rates(optimizer) if name in ("lr", "critic_lr") else VALUES[name]
+
+
+def rates(optimizer: str) -> tuple[float, ...]:
+    """The learning rates of an optimizer."""
+    return tuple(rate * (ADAM if optimizer == "adam" else 1.0) for rate in VALUES["lr"])
+
+
 def worlds(max_ranks: int) -> list[int]:
     """The world sizes that are drawn, at most `max_ranks`."""
     return [world for world in WORLDS if world <= max_ranks]
