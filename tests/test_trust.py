@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fuzz import case_files, forking, memory
 from fuzz.__main__ import main
-from fuzz.case import Case, Rollout
+from fuzz.case import Case
 from fuzz.case_files import Found, find
 from fuzz.case_json import from_json, to_json
 from fuzz.strategies import cases
