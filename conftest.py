@@ -1,8 +1,11 @@
-"""pytest's side: options, Hypothesis profiles, the warm pools, what a fault of ours and the end of a run look like."""
+"""pytest's side: options, Hypothesis profiles, warm pools, the search of each test, and how the end of a run looks."""
 
+import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ from hypothesis import Phase, event, settings
 from rich.console import Console
 
 from fuzz import forking, known, summary
-from fuzz.case import Case, HarnessFault
+from fuzz.case import Case, HarnessFault, Violation
+from fuzz.search import Row, Search
 from fuzz.strategies import worlds
 from fuzz.trial import Trials
 
@@ -33,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--no-known", action="store_true", help="do not step around known bugs of megatron-core")
     group.addoption("--any-version", action="store_true", help="go on with an unsupported megatron-core")
     group.addoption(
+        "--shrink-seconds", type=float, default=60.0, help="for all failures of one test together (default 60)"
+    )
+    group.addoption(
         "--plant", action="append", default=[], metavar="MODULE:FUNCTION", help="a bug to plant in every rank"
     )
 
@@ -40,10 +47,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("max_ranks") < 1:
         pytest.exit(f"--max-ranks={config.getoption('max_ranks')} must be at least 1", returncode=2)
-    found, supported = known.version(), ", ".join(known.SUPPORTED)
-    if found not in known.SUPPORTED and not config.getoption("any_version"):
-        said = f"megatron-core {found} is not supported (supported: {supported}); --any-version goes on all the same"
-        pytest.exit(said, returncode=2)
+    if not config.getoption("shrink_seconds") >= 0:
+        pytest.exit(f"--shrink-seconds={config.getoption('shrink_seconds')} must be 0 or more", returncode=2)
+    if (wrong := known.unsupported()) and not config.getoption("any_version"):
+        pytest.exit(wrong, returncode=2)
 
 
 def _unwritable(folder: Path) -> OSError | None:
@@ -81,6 +88,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 # ---- running and counting --------------------------------------------------------------------------------------
 
 TALLY = pytest.StashKey[summary.Tally]()
+SEARCH = pytest.StashKey[Search]()
+TRIALS = pytest.StashKey[Trials]()
+CONSOLE = pytest.StashKey[Console]()
+ROWS = pytest.StashKey[dict[str, Row]]()  # by folder, what has been investigated in this run
 
 
 def _trials(config: pytest.Config, mends: tuple[str, ...]) -> Iterator[Trials]:
@@ -104,44 +115,100 @@ def stock(pytestconfig: pytest.Config) -> Iterator[Trials]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A tally of its own for every item; it travels in the item's report, from pytest-xdist's workers too."""
+    """A tally and a search of its own for every item; they travel in its report, from pytest-xdist's workers too."""
     item.config.stash[TALLY] = {}
+    item.config.stash[SEARCH] = _search(item)
     item.user_properties.append(("fuzz", item.config.stash[TALLY]))
+
+
+def _search(item: pytest.Item) -> Search:
+    cases = getattr(getattr(item, "function", None), "_hypothesis_internal_use_settings", settings()).max_examples
+    return Search(item.name, cases, item.config.getoption("shrink_seconds"), item.config.rootpath, partial(_console, item.config))
+
+
+def _console(config: pytest.Config) -> Console | None:
+    """Where pytest itself writes, past its capturing; None in a worker of pytest-xdist, whose output is a channel."""
+    reporter, capturing = map(config.pluginmanager.get_plugin, ("terminalreporter", "capturemanager"))
+    if reporter is None:
+        return None
+    with capturing.global_and_fixture_disabled() if capturing else contextlib.nullcontext():
+        reporter.ensure_newline()
+        if CONSOLE not in config.stash:
+            file = os.fdopen(os.dup(sys.__stdout__.fileno()), "w")  # type: ignore[union-attr]
+            config.stash[CONSOLE] = Console(file=file, force_terminal=reporter.isatty)
+    return config.stash[CONSOLE]
 
 
 @pytest.fixture(scope="session")
 def rehearse(pytestconfig: pytest.Config, trials: Trials) -> Callable[[Case], None]:
     """Run a case and judge it by all laws."""
 
-    def run(case: Case) -> None:
+    def judge(case: Case) -> Violation | None:
         verdict = trials.judge(case)
         summary.count(pytestconfig.stash[TALLY], verdict)
         for law, number in verdict.counts.items():
             event(f"{law}: {'fired' if number else 'vacuous'}")
-        if verdict.violation is not None:
-            raise verdict.violation
+        return verdict.violation
 
-    return run
+    pytestconfig.stash[TRIALS] = trials
+    return lambda case: pytestconfig.stash[SEARCH].run(case, judge)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
     report = yield
+    if call.when == "call":
+        item.config.stash[SEARCH].close()
     if call.excinfo is not None and isinstance(call.excinfo.value, HarnessFault):
         report.when = "setup"  # an error in JUnit, not a failure: nothing was found
         report.longrepr = f"harness fault: {call.excinfo.value}"
         item.session.shouldstop = "a fault of the harness"
+    elif call.excinfo is not None and report.failed and (broken := _violations(call.excinfo.value)):
+        _tell(item, report, broken)
     return report
+
+
+def _violations(error: BaseException) -> list[Violation]:
+    """What left the test, where it is nothing but Violations: one, or a group of several."""
+    leaves = error.exceptions if isinstance(error, BaseExceptionGroup) else (error,)
+    return [leaf for leaf in leaves if isinstance(leaf, Violation)] if all(isinstance(x, Violation) for x in leaves) else []
+
+
+def _tell(item: pytest.Item, report: pytest.TestReport, broken: list[Violation]) -> None:
+    """In place of tracebacks through the harness: what is violated, what was found out, and where it is written."""
+    stash = item.config.stash
+    rows = stash.setdefault(ROWS, {})
+    if TRIALS not in stash or not stash[SEARCH].box.failures:
+        return
+    found = stash[SEARCH].investigate(stash[TRIALS], rows)
+    rows |= {row.folder: row for row, _ in found}
+    report.longrepr = "\n".join(str(violation) for violation in broken).strip()
+    unwritten = stash[SEARCH].folders.warnings
+    told = [str(text) if unwritten and text else row.told() for row, text in found]
+    report.sections.append(("ep-ppo-fuzz", "\n\n".join([*unwritten, *told])))
+    report.user_properties.append(("failures", [row.plain() for row, _ in found]))
+    del stash[SEARCH]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     tally = _tally(terminalreporter)
     text = StringIO()
     width = max(100, terminalreporter._tw.fullwidth)
-    summary.write(tally, Console(file=text, width=width, force_terminal=terminalreporter.isatty))
+    console = Console(file=text, width=width, force_terminal=terminalreporter.isatty)
+    summary.write(tally, console)
+    summary.write_failures([row.plain() for row in _failures(terminalreporter, config)], console)
     terminalreporter.write(text.getvalue())
     if why := summary.too_doubtful(tally):
         terminalreporter.write_line(f"FAILED: {why}", red=True)
+
+
+def _failures(terminalreporter: Any, config: pytest.Config) -> list[Row]:
+    """Of all items, those of pytest-xdist's workers too; and of the one that was interrupted."""
+    reports = terminalreporter.stats.get("failed", [])
+    told = [Row(**row) for r in reports for row in dict(r.user_properties).get("failures", [])]
+    interrupted = config.stash[SEARCH].best() if SEARCH in config.stash else []
+    folders = {row.folder: row for row in (*interrupted, *told)}
+    return list(folders.values())
 
 
 def _tally(terminalreporter: Any) -> summary.Tally:

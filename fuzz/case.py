@@ -21,12 +21,12 @@ PRECISIONS = ("float64", "float32")
 MOST_OPERATIONS = 8
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A dataclass as its constructor call without the fields that have their default."""
     if not is_dataclass(value):
-        return f"({', '.join(map(_short, value))},)" if isinstance(value, tuple) else repr(value)
+        return f"({', '.join(map(short, value))},)" if isinstance(value, tuple) else repr(value)
     shown = [f for f in fields(value) if getattr(value, f.name) != f.default]
-    inside = ", ".join(f"{f.name}={_short(getattr(value, f.name))}" for f in shown)
+    inside = ", ".join(f"{f.name}={short(getattr(value, f.name))}" for f in shown)
     return f"{type(value).__name__}({inside})"
 
 
@@ -70,7 +70,7 @@ class Case:
         if any(degree != 1 for degree in pinned.values()):
             raise ValueError(f"{_listed(pinned)}: pipeline and context parallelism are not supported yet; use 1")
 
-    __repr__ = _short
+    __repr__ = short
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """Hypothesis prints what was drawn in this form."""

@@ -99,15 +99,15 @@ def _script(report: Report, trials: Trials, folder: Path) -> Report:
     """Write the script that shows the bug by itself; one that imports this package where that does not show it."""
     violation, file = report.violation, folder / "repro.py"
     plants = (*_planted(trials), *_needed_mends(violation.case, trials))
-    told = {"plants": plants, "sentence": violation.sentence, "seen_on": seen_on()}
-    kinds = {"self-contained": repro.script, "runs the whole case through this package": repro.whole_case}
-    for kind, make in kinds.items():
-        file.write_text(make(violation.case, violation.law, **told))
+    for make in (repro.script, repro.whole_case):
+        text = make(violation.case, violation.law, plants, violation.sentence, seen_on())
+        file.write_text(text)
         code, said = repro.check(file, SCRIPT)
         if code == 1:
-            return replace(report, script=f"{kind}; exits 1 while the bug is there")
-    said = said.strip().splitlines()[-1:]
-    return replace(report, missing=(*report.missing, f"repro.py did not show the bug: exit code {code}, {said}"))
+            how = "runs the whole case through this package" if "from fuzz" in text else "self-contained"
+            return replace(report, script=f"{how}; exits 1 while the bug is there")
+    why = f"repro.py did not show the bug: exit code {code}, {said.strip().splitlines()[-1:]}"
+    return replace(report, missing=(*report.missing, why))
 
 
 def _planted(trials: Trials) -> tuple[str, ...]:

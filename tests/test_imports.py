@@ -89,6 +89,8 @@ TABLE = {
     ),
     "fuzz.progress": Row("rich.* fuzz.case fuzz.timebox"),
     "fuzz.report": Row("fuzz.case fuzz.laws"),
+    "fuzz.commands": Row(),
+    "fuzz.repro": Row("fuzz.case fuzz.commands"),
     "fuzz.search": Row(
         "rich.* fuzz.case fuzz.folders fuzz.investigate fuzz.progress fuzz.report fuzz.timebox fuzz.trial"
     ),

@@ -1,0 +1,170 @@
+"""`repro.py`: the script of a failure report, which needs torch and megatron-core and computes what it expects.
+
+Put together from the parts in `fuzz/scripts/`, which read as one program: a line that ends in `#? WORD` stays where
+the case needs that. Laws of dispatch, of model and gradients, and of the optimizer have such scripts; for the others,
+and where a script does not show the bug, `whole_case` runs the case through this package and says so.
+"""
+
+import re
+import sys
+import tempfile
+import textwrap
+from dataclasses import fields
+from pathlib import Path
+from string import Template
+
+from fuzz import commands
+from fuzz.case import Case, short
+
+PARTS = Path(__file__).parent / "scripts"
+TAG = re.compile(r"^(?P<code>.*?)\s*#\? (?P<word>\w+)$")
+CUT = re.compile(r"cut\((\w+\[name\]), p, name\)")
+WIDTH = 99  # columns of a script
+MOST_LINES = 120
+ENDS = "Run `python repro.py`; it exits 1 while the bug is there."
+KINDS = {
+    "dispatch": (
+        "routing is valid",
+        "send splits equal receive splits",
+        "every copy is delivered once",
+        "combine of dispatch is the sum of probabilities",
+    ),
+    "gradients": ("logits match the reference", "log-probs match the reference", "gradients match the reference"),
+    "norm": ("gradient norm is that of the observed gradients", "gradient norm matches the reference"),
+    "step": ("the optimizer does its formula",),
+}
+FILES = {
+    "dispatch": ("common", "dispatch"),
+    "gradients": ("common", "models", "gradients", "compare", "main"),
+    "norm": ("common", "models", "norm", "main"),
+    "step": ("common", "models", "step", "compare", "main"),
+}
+SAYS = {
+    "dispatch": "Expected: every copy of a token arrives once at its expert and comes back once.",
+    "gradients": "Expected: the losses and gradients of the same model on one rank.",
+    "norm": "Expected: the norm over all parameters of the model, each counted once.",
+    "step": "Expected: the formula of the optimizer.",
+    "": "A whole PPO step against one process; it needs ep-ppo-fuzz (pip install ep-ppo-fuzz).",
+}
+
+
+def kind(case: Case, law: str) -> str:
+    """Which self-contained script a law has; empty where it needs the whole PPO step.
+
+    Balance losses are defined per micro-batch: one process that sees all rows at once has others.
+    """
+    model, layout = case.model, case.layout
+    alone = layout.world == 1 and law in KINDS["gradients"]
+    if alone or model.aux_loss or model.z_loss or model.tied or layout.pp * layout.cp > 1:
+        return ""
+    return next((kind for kind, laws in KINDS.items() if law in laws), "")
+
+
+def script(case: Case, law: str, plants: tuple[str, ...] = (), sentence: str = "", seen_on: str = "") -> str:
+    """The self-contained script of a law; `whole_case` where it has none of few lines. `plants`: module:function."""
+    found = kind(case, law)
+    if not found:
+        return whole_case(case, law, plants, sentence, seen_on)
+    text = "".join((PARTS / f"{part}.txt").read_text() for part in FILES[found])
+    words = _words(case, found)
+    body = Template(_kept(text, words)).substitute(_numbers(case, found))
+    body = body if "cut" in words else CUT.sub(r"\1", body)
+    made = _head(law, found, sentence, seen_on) + _with(body, plants)
+    short = made.count("\n") <= MOST_LINES
+    return made if short else whole_case(case, law, plants, sentence, seen_on)
+
+
+def whole_case(case: Case, law: str, plants: tuple[str, ...] = (), sentence: str = "", seen_on: str = "") -> str:
+    """A script that runs the case through this package and exits 1 while the law is broken."""
+    text = (PARTS / "whole_case.txt").read_text()
+    listed = f"({''.join(f'{plant!r}, ' for plant in plants).strip()})" if plants else "()"
+    return _head(law, "", sentence, seen_on) + Template(text).substitute(case=_literal(case), law=law, plants=listed)
+
+
+def check(path: Path, seconds: float) -> tuple[int | None, str]:
+    """Run a script as a user would: its exit code, None where it takes longer, and what it said."""
+    with tempfile.TemporaryDirectory() as folder:
+        return commands.run([sys.executable, str(path.resolve())], Path(folder), seconds)
+
+
+def _words(case: Case, found: str) -> set[str]:
+    """What of the script this case needs."""
+    layout, forward, optimizer = case.layout, found in ("dispatch", "gradients"), case.ppo.optimizer
+    wanted = {
+        "models": found != "dispatch",
+        "forward": forward,
+        "parallel_norm": forward and layout.tp > 1,
+        "uneven": forward and layout.ep > 1 and layout.etp > 1,
+        "cut": max(layout.tp, layout.etp) > 1,
+        "ep": found != "dispatch" and layout.ep > 1,
+        "all_experts": layout.ep == 1,
+        "shared": case.model.shared_ffn > 0,
+        "uninitialized": not case.switches.perform_initialization and found != "dispatch",
+        "optimizer": not forward,
+        "step_adam": found == "step" and optimizer == "adam",
+    }
+    return {found, optimizer} | {word for word, needed in wanted.items() if needed}
+
+
+def _kept(text: str, words: set[str]) -> str:
+    """The lines without a mark, and those whose mark is wanted."""
+    lines = [(line, TAG.match(line)) for line in text.splitlines()]
+    kept = [found["code"] if found else line for line, found in lines if not found or found["word"] in words]
+    return "\n".join(kept) + "\n"
+
+
+def _numbers(case: Case, found: str) -> dict[str, object]:
+    """What fills the script."""
+    layout, model, batch, ppo = case.layout, case.model, case.batch, case.ppo
+    return {
+        **{name: getattr(layout, name) for name in ("world", "tp", "ep", "etp")},
+        **{name: getattr(model, name) for name in ("experts", "top_k", "layers", "hidden", "heads", "kv_heads")},
+        **{name: getattr(model, name) for name in ("head_dim", "ffn", "shared_ffn", "vocab")},
+        **{name: getattr(ppo, name) for name in ("lr", "weight_decay", "momentum", "eps", "max_norm", "optimizer")},
+        "title": {"sgd": "SGD", "adam": "AdamW"}[ppo.optimizer],
+        "block": layout.ep * layout.etp,
+        "rows": batch.rows,
+        "width": -(-(batch.prompt + batch.response) // layout.tp) * layout.tp,
+        "pre_softmax": not model.norm_topk_prob,
+        "dispatcher": case.switches.dispatcher,
+        "expected": {"gradients": "losses and gradients of one rank", "norm": "the norm", "step": "the formula"}.get(
+            found
+        ),
+    }
+
+
+def _head(law: str, found: str, sentence: str, seen_on: str) -> str:
+    """What the script is about, for who reads it first."""
+    seen = f"Seen on {seen_on}. " if seen_on else ""
+    lines = [f"The law: {law}.", "", *_wrapped(sentence), *_wrapped(f"{seen}{SAYS[found]} {ENDS}")]
+    text = "\n".join(lines).replace("\\", "\\\\").replace('"""', "'''")
+    return f'"""{text}\n"""\n\n'
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), WIDTH, max_lines=3)
+
+
+def _with(body: str, plants: tuple[str, ...]) -> str:
+    """The script with what is planted: imported, and called in each rank before process groups exist."""
+    named = [plant.split(":") for plant in plants]
+    imports = "".join(f"from {module} import {name}  # planted on purpose\n" for module, name in named)
+    calls = "".join(f"    {name}()\n" for _, name in named)
+    body = body.replace("\nLAYOUT = ", f"{imports}\nLAYOUT = ", 1)
+    return body.replace("\n    platform()\n", f"\n    platform()\n{calls}", 1)
+
+
+def _literal(case: Case) -> str:
+    """The case as an expression, one part to a line, in lines that fit."""
+    changed = {f.name: getattr(case, f.name) for f in fields(case) if getattr(case, f.name) != f.default}
+    parts = "".join(f"    {name}={_part(name, value)},\n" for name, value in changed.items())
+    return f"Case(\n{parts})" if parts else "Case()"
+
+
+def _part(name: str, value: object) -> str:
+    text = short(value).replace("'", '"')
+    if len(text) + len(name) + 6 <= WIDTH + 1:
+        return text
+    before, found, arguments = text.partition("(")
+    inner = "".join(f"        {argument},\n" for argument in arguments.rstrip(",)").split(", "))
+    return f"{before}{found}\n{inner}    )"
