@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
-from rich.text import Text
 
 from fuzz import known, laws
 from fuzz.strategies import all_layouts
@@ -75,15 +74,15 @@ def write(tally: Tally, console: Console) -> None:
 
 
 def write_failures(rows: Sequence[Mapping[str, str]], console: Console) -> None:
-    """The table of new failures and their folders: of each its law, layout, how it was found, folder."""
+    """The table of new failures, then of each its folder and the line to paste, unbroken for who copies them."""
     if not rows:
         return
-    table = Table("law", "smallest layout", "found", "folder", title="new failures", title_justify="left")
+    table = Table("law", "smallest layout", "found", title="new failures", title_justify="left")
     for row in rows:
-        table.add_row(row["law"], row["layout"], row["found"], Text(row["folder"], overflow="fold"))
+        table.add_row(row["law"], row["layout"], row["found"])
     console.print(table)
     for row in rows:
-        console.print(row["example"], highlight=False, soft_wrap=True, markup=False)
+        console.print(f"{row['folder']}\n{row['example']}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _cases(tally: Tally) -> Table:

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -199,5 +200,16 @@ def two_causes() -> None:
     def forward(self: Any, *_: Any) -> Any:
         kind = ValueError if self.num_local_experts > 2 else KeyError
         raise kind(f"{self.num_local_experts} experts")
+
+    SequentialMLP.forward = forward
+
+
+def experts_sleep() -> None:
+    """A bug to plant: experts sleep for an hour; a file that $FIRED names tells that they do."""
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    def forward(self: Any, *_: Any) -> Any:
+        Path(os.environ["FIRED"]).touch()
+        time.sleep(3600)
 
     SequentialMLP.forward = forward
