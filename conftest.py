@@ -123,7 +123,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def _search(item: pytest.Item) -> Search:
     cases = getattr(getattr(item, "function", None), "_hypothesis_internal_use_settings", settings()).max_examples
-    return Search(item.name, cases, item.config.getoption("shrink_seconds"), item.config.rootpath, partial(_console, item.config))
+    seconds, console = item.config.getoption("shrink_seconds"), partial(_console, item.config)
+    return Search(item.name, cases, seconds, item.config.rootpath, console)
 
 
 def _console(config: pytest.Config) -> Console | None:
@@ -154,6 +155,17 @@ def rehearse(pytestconfig: pytest.Config, trials: Trials) -> Callable[[Case], No
     return lambda case: pytestconfig.stash[SEARCH].run(case, judge)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What is violated, in place of tracebacks through the harness: Hypothesis asks for it at every failing case."""
+    usual = item.repr_failure
+
+    def told(excinfo: pytest.ExceptionInfo[BaseException], *style: Any) -> Any:
+        broken = _violations(excinfo.value)
+        return "\n".join(map(str, broken)).strip() if broken else usual(excinfo, *style)
+
+    item.repr_failure = told  # type: ignore[method-assign]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
     report = yield
@@ -163,26 +175,26 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
         report.when = "setup"  # an error in JUnit, not a failure: nothing was found
         report.longrepr = f"harness fault: {call.excinfo.value}"
         item.session.shouldstop = "a fault of the harness"
-    elif call.excinfo is not None and report.failed and (broken := _violations(call.excinfo.value)):
-        _tell(item, report, broken)
+    elif call.excinfo is not None and report.failed and _violations(call.excinfo.value):
+        _tell(item, report)
     return report
 
 
 def _violations(error: BaseException) -> list[Violation]:
     """What left the test, where it is nothing but Violations: one, or a group of several."""
     leaves = error.exceptions if isinstance(error, BaseExceptionGroup) else (error,)
-    return [leaf for leaf in leaves if isinstance(leaf, Violation)] if all(isinstance(x, Violation) for x in leaves) else []
+    violations = [leaf for leaf in leaves if isinstance(leaf, Violation)]
+    return violations if len(violations) == len(leaves) else []
 
 
-def _tell(item: pytest.Item, report: pytest.TestReport, broken: list[Violation]) -> None:
-    """In place of tracebacks through the harness: what is violated, what was found out, and where it is written."""
+def _tell(item: pytest.Item, report: pytest.TestReport) -> None:
+    """What was found out about each failure, and where it is written."""
     stash = item.config.stash
     rows = stash.setdefault(ROWS, {})
     if TRIALS not in stash or not stash[SEARCH].box.failures:
         return
     found = stash[SEARCH].investigate(stash[TRIALS], rows)
     rows |= {row.folder: row for row, _ in found}
-    report.longrepr = "\n".join(str(violation) for violation in broken).strip()
     unwritten = stash[SEARCH].folders.warnings
     told = [str(text) if unwritten and text else row.told() for row, text in found]
     report.sections.append(("ep-ppo-fuzz", "\n\n".join([*unwritten, *told])))

@@ -102,12 +102,11 @@ def _script(report: Report, trials: Trials, folder: Path) -> Report:
     for make in (repro.script, repro.whole_case):
         text = make(violation.case, violation.law, plants, violation.sentence, seen_on())
         file.write_text(text)
-        code, said = repro.check(file, SCRIPT)
-        if code == 1:
+        why = repro.check(file, SCRIPT)
+        if not why:
             how = "runs the whole case through this package" if "from fuzz" in text else "self-contained"
             return replace(report, script=f"{how}; exits 1 while the bug is there")
-    why = f"repro.py did not show the bug: exit code {code}, {said.strip().splitlines()[-1:]}"
-    return replace(report, missing=(*report.missing, why))
+    return replace(report, missing=(*report.missing, f"repro.py did not show the bug: {why}"))
 
 
 def _planted(trials: Trials) -> tuple[str, ...]:

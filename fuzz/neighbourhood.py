@@ -46,8 +46,13 @@ class Neighbourhood:
         return "; ".join(f"{words}{what}" for words, what in parts.items() if what)
 
     def table(self) -> str:
-        """Every dimension with the value below, its own and the value above, in Markdown."""
-        names = [name for name in DIMENSIONS if any(n.dimension == name for n in self._all())]
+        """What the failure depends on: the value below, its own and the value above, in Markdown."""
+        seen = {n.dimension for n in self._all()} - {
+            n for n in DIMENSIONS if self._outcomes(n) and all(self._outcomes(n))
+        }
+        names = [name for name in DIMENSIONS if name in seen]
+        if not names:
+            return ""
         rows = [
             (name, self._cell(name, "down"), str(value_of(self.case, name)), self._cell(name, "up")) for name in names
         ]

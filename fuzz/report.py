@@ -65,7 +65,9 @@ class Report:
         return f"## Where it diverges\n\n{self.divergence}\n\n{self.modules}\n\n![divergence](divergence.png)"
 
     def _around(self) -> str:
-        return f"## What it depends on\n\n{self.neighbourhood}\n\n{self.neighbours}" if self.neighbourhood else ""
+        return (
+            f"## What it depends on\n\n{self.neighbourhood}\n\n{self.neighbours}".strip() if self.neighbourhood else ""
+        )
 
     def _ended(self) -> str:
         details = self.violation.details

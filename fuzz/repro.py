@@ -77,14 +77,17 @@ def script(case: Case, law: str, plants: tuple[str, ...] = (), sentence: str = "
 def whole_case(case: Case, law: str, plants: tuple[str, ...] = (), sentence: str = "", seen_on: str = "") -> str:
     """A script that runs the case through this package and exits 1 while the law is broken."""
     text = (PARTS / "whole_case.txt").read_text()
-    listed = f"({''.join(f'{plant!r}, ' for plant in plants).strip()})" if plants else "()"
+    quoted = [f'"{plant}",' for plant in plants]
+    listed = f"({''.join(quoted)})" if len(quoted) < 2 else "(\n    " + "\n    ".join(quoted) + "\n)"
     return _head(law, "", sentence, seen_on) + Template(text).substitute(case=_literal(case), law=law, plants=listed)
 
 
-def check(path: Path, seconds: float) -> tuple[int | None, str]:
-    """Run a script as a user would: its exit code, None where it takes longer, and what it said."""
+def check(path: Path, seconds: float) -> str:
+    """Run a script as a user would: empty where it shows the bug, else what it did instead."""
     with tempfile.TemporaryDirectory() as folder:
-        return commands.run([sys.executable, str(path.resolve())], Path(folder), seconds)
+        code, said = commands.run([sys.executable, str(path.resolve())], Path(folder), seconds)
+    last = said.strip().splitlines()[-1:]
+    return "" if code == 1 and "Traceback" not in said and "Error: " not in said else f"exit code {code}, {last}"
 
 
 def _words(case: Case, found: str) -> set[str]:
@@ -142,7 +145,7 @@ def _head(law: str, found: str, sentence: str, seen_on: str) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(" ".join(text.split()), WIDTH, max_lines=3)
+    return textwrap.wrap(" ".join(text.split()), WIDTH, max_lines=3, break_on_hyphens=False)
 
 
 def _with(body: str, plants: tuple[str, ...]) -> str:
@@ -150,7 +153,7 @@ def _with(body: str, plants: tuple[str, ...]) -> str:
     named = [plant.split(":") for plant in plants]
     imports = "".join(f"from {module} import {name}  # planted on purpose\n" for module, name in named)
     calls = "".join(f"    {name}()\n" for _, name in named)
-    body = body.replace("\nLAYOUT = ", f"{imports}\nLAYOUT = ", 1)
+    body = body.replace("\nWORLD, ", f"{imports}\nWORLD, ", 1)
     return body.replace("\n    platform()\n", f"\n    platform()\n{calls}", 1)
 
 
