@@ -17,7 +17,7 @@ from rich.console import Console
 from fuzz import forking, known, summary
 from fuzz.case import Case, HarnessFault, Violation
 from fuzz.search import Row, Search
-from fuzz.strategies import worlds
+from fuzz.space import PROPERTIES
 from fuzz.trial import Trials
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -81,7 +81,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "world" in metafunc.fixturenames:
-        sizes = worlds(metafunc.config.getoption("max_ranks"))
+        sizes = [size for size in PROPERTIES if size <= metafunc.config.getoption("max_ranks")]
         metafunc.parametrize("world", sizes, ids=[f"{size}ranks" for size in sizes])
 
 

@@ -64,21 +64,14 @@ class Case:
 
     def __post_init__(self) -> None:
         _check_parts(self)
-        check_together(self.layout, self.model, self.batch, self.ppo)
+        check_together(self.layout, self.model, self.batch, self.ppo, self.switches)
         _check_program(self.program)
-        pinned = {name: getattr(self.layout, name) for name in ("pp", "vpp", "cp")}
-        if any(degree != 1 for degree in pinned.values()):
-            raise ValueError(f"{_listed(pinned)}: pipeline and context parallelism are not supported yet; use 1")
 
     __repr__ = short
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """Hypothesis prints what was drawn in this form."""
         printer.text(repr(self))
-
-
-def _listed(numbers: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in numbers.items())
 
 
 def _check_parts(case: Case) -> None:

@@ -15,8 +15,13 @@ from fuzz import memory
 from fuzz.case import MOST_OPERATIONS, Case, Operation, Rollout, Update
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
-SCHEMA = 1
-SINCE: dict[str, int] = {}  # "part.field" -> the schema that added it; every other field is of schema 1
+SCHEMA = 2
+# "part.field" -> the schema that added it; every other field is of schema 1
+SINCE = {
+    **dict.fromkeys(("layout.order", "layout.split", "layout.stages", "model.dense", "model.dense_ffn"), 2),
+    **dict.fromkeys(("switches.p2p", "switches.deallocate", "switches.group"), 2),
+}
+TUPLES = ("layout.stages", "model.dense")  # fields that are lists of ints
 MOST_CHARACTERS = 100_000
 MOST_SHOWN = 60  # characters of a stranger's text that a message repeats
 PARTS = {"layout": Layout, "model": MoEModel, "batch": Batch, "ppo": PPO, "switches": Switches}
@@ -119,7 +124,15 @@ def _part(name: str, kind: type, data: Any, schema: int) -> Any:
     if not isinstance(data, dict):
         raise ValueError(f"{name} must be a JSON object, not {type(data).__name__}")
     _check_names(name, data, {f.name for f in fields(kind)}, schema)
-    return kind(**{field: _plain(f"{name}.{field}", value) for field, value in data.items()})
+    return kind(**{field: _value(f"{name}.{field}", value) for field, value in data.items()})
+
+
+def _value(path: str, value: Any) -> Any:
+    if path not in TUPLES:
+        return _plain(path, value)
+    if not isinstance(value, list) or len(value) > MOST_SHOWN or any(type(number) is not int for number in value):
+        raise ValueError(f"{path} must be a list of at most {MOST_SHOWN} ints, not {_shown(value)}")
+    return tuple(value)
 
 
 def _program(names: Any) -> tuple[Operation, ...]:

@@ -7,6 +7,7 @@ stands for; none replaces arithmetic of megatron-core: devices, streams and what
 import contextlib
 import functools
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
@@ -26,6 +27,7 @@ def apply() -> None:
     _streams()
     _type_names()
     _process_groups()
+    _messages()
     _collectives()
     _megatron()
 
@@ -41,6 +43,7 @@ def _here(function: Callable) -> Callable:
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)  # pages are pinned for copies to a device
         return function(*args, **kwargs)
 
     return on_cpu
@@ -205,6 +208,29 @@ COLLECTIVES = {
     "reduce_scatter": _reduce_scatter,
     "reduce_scatter_tensor": _reduce_scatter_tensor,
 }
+
+
+def _messages() -> None:
+    """A message goes on though nobody keeps its handle, as with NCCL: Gloo forgets one whose handle is gone.
+
+    The interleaved schedule drops handles of sends. A message is long through when a thousand others have followed.
+    """
+    from torch.distributed import distributed_c10d
+
+    kept: deque[Any] = deque(maxlen=1024)
+
+    def keeping(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            kept.append(function(*args, **kwargs))
+            return kept[-1]
+
+        return called
+
+    for name in ("isend", "irecv"):
+        ours = keeping(getattr(dist, name))
+        setattr(dist, name, ours)
+        setattr(distributed_c10d, name, ours)
 
 
 def _collectives() -> None:

@@ -10,6 +10,7 @@ import importlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -44,7 +45,7 @@ def start(rank: int, world: int, store_path: str, plants: tuple[str, ...] = ()) 
 
 # ---- process groups, kept per layout ---------------------------------------------------------------------------
 
-_groups: OrderedDict[Layout, dict[str, Any]] = OrderedDict()
+_groups: OrderedDict[Layout, dict[str, Any]] = OrderedDict()  # by layout, less how the layers are cut
 
 
 def _globals() -> dict[str, Any]:
@@ -57,11 +58,15 @@ _pristine = _globals()
 
 def use_groups(layout: Layout) -> None:
     """Put megatron's parallel state as after a fresh initialize_model_parallel for this layout."""
-    vars(parallel_state).update(_groups.get(layout, _pristine))
-    if layout in _groups:
-        _groups.move_to_end(layout)
+    uncut = replace(layout, vpp=1, split="even", stages=())
+    vars(parallel_state).update(_groups.get(uncut, _pristine))
+    if uncut in _groups:
+        _groups.move_to_end(uncut)
     else:
-        _make_groups(layout)
+        _make_groups(uncut)
+    if layout.vpp > 1:
+        parallel_state.set_virtual_pipeline_model_parallel_rank(0)
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(layout.vpp)
     parallel_state.destroy_global_memory_buffer()
     parallel_state._set_global_memory_buffer()
     # State that lives in no model object (docs: FACTS 'State outside the model objects').
@@ -80,9 +85,12 @@ def _forget_logged_losses() -> None:
 def _make_groups(layout: Layout) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         create_gloo_process_groups=False,
+        order=layout.order,
     )
     _groups[layout] = _globals()
     if len(_groups) > KEPT_LAYOUTS:
@@ -132,7 +140,8 @@ class Seen:
 
 def _digests(role: Role) -> dict[str, str]:
     """A short hash of every parameter and buffer, bit by bit."""
-    named = [*role.gpt.named_parameters(), *role.gpt.named_buffers()]
+    chunks = enumerate(role.gpts)
+    named = [(f"{i}.{name}", x) for i, gpt in chunks for name, x in (*gpt.named_parameters(), *gpt.named_buffers())]
     return {name: hashlib.blake2b(_bits(tensor), digest_size=8).hexdigest() for name, tensor in named}
 
 
@@ -148,10 +157,11 @@ def step(progress: Callable[[str], None], case: Case, forced: Mapping[int, Mappi
             use_groups(case.layout)
         with seen.stage("models"):
             roles = {name: megatron.make_role(case, name) for name in ROLES}
-            for role in roles.values():  # a lone rank makes no collectives
-                role.gpt.register_forward_pre_hook(seen.alive)
+            for gpt in [gpt for role in roles.values() for gpt in role.gpts]:  # a lone rank makes no collectives
+                gpt.register_forward_pre_hook(seen.alive)
         _run(case, roles, forced or {}, seen)
-    seen.facts["coordinates"] = _coordinates()
+    seen.facts |= {"coordinates": _coordinates(), "groups": _named_groups()}
+    seen.facts |= {f"layers/{name}": _layers(role) for name, role in roles.items()}
     return {"tensors": seen.tensors, "numbers": seen.numbers, "facts": seen.facts, "seconds": seen.seconds}
 
 
@@ -185,7 +195,7 @@ def _experience(case: Case, roles: Mapping[str, Role], iteration: int, forced: M
 
 
 def _probe(actor: Role, record: probe.Record, key: str, seen: Seen) -> None:
-    for layer in range(actor.model.layers):
+    for layer in actor.moe_layers():
         tensors, facts = probe.dispatch(actor, layer, record)
         seen.tensors |= {f"{key}/dispatch/{layer}/{name}": tensor for name, tensor in tensors.items()}
         seen.facts[f"{key}/dispatch/{layer}/splits"] = facts
@@ -198,7 +208,7 @@ def _update(case: Case, roles: Mapping[str, Role], iteration: int, experience: p
             return seen.pieces(prefix, role, "grad")
         for kind in ("weight", "exp_avg", "exp_avg_sq", "momentum_buffer"):
             seen.pieces(prefix, role, kind)
-        if role.name == "actor":
+        if role.name == "actor" and role.last:
             seen.tensors[f"{prefix}/logp"] = torch.cat([report["logp"] for report in numbers["reports"]])
         return None
 
@@ -220,3 +230,30 @@ def _coordinates() -> dict[str, int]:
         "ep": parallel_state.get_expert_model_parallel_rank(),
         "edp": parallel_state.get_expert_data_parallel_rank(),
     }
+
+
+def _named_groups() -> dict[str, list[int]]:
+    """The ranks of megatron's groups of which this rank is a member, in the group's order."""
+    state = parallel_state
+    groups = {
+        "tp": state.get_tensor_model_parallel_group(),
+        "cp": state.get_context_parallel_group(),
+        "dp": state.get_data_parallel_group(),
+        "dp-cp": state.get_data_parallel_group(with_context_parallel=True),
+        "tp-cp": state.get_tensor_and_context_parallel_group(),
+        "tp-dp": state.get_tensor_and_data_parallel_group(),
+        "tp-dp-cp": state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+        "pp": state.get_pipeline_model_parallel_group(),
+        "tp-pp": state.get_model_parallel_group(),
+        "etp": state.get_expert_tensor_parallel_group(),
+        "ep": state.get_expert_model_parallel_group(),
+        "etp-ep": state.get_expert_tensor_and_model_parallel_group(),
+        "etp-ep-pp": state.get_expert_tensor_model_pipeline_parallel_group(),
+        "edp": state.get_expert_data_parallel_group(),
+    }
+    return {kind: dist.get_process_group_ranks(group) for kind, group in groups.items()}
+
+
+def _layers(role: Role) -> list[list[tuple[int, bool]]]:
+    """Of each virtual stage the layers' own numbers, and whether they have experts."""
+    return [[(layer.layer_number, hasattr(layer.mlp, "router")) for layer in gpt.decoder.layers] for gpt in role.gpts]

@@ -22,7 +22,7 @@ def weights(model: MoEModel) -> int:
     heads, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
     attention = 2 * (heads + keys) * model.hidden + heads + 2 * keys + 2 * model.head_dim
     experts = model.experts * (3 * model.ffn + 1) * model.hidden
-    shared = (3 * model.shared_ffn + 1) * model.hidden
+    shared = (3 * max(model.shared_ffn, model.dense_ffn) + 1) * model.hidden
     return (2 * model.vocab + 1) * model.hidden + model.layers * (attention + experts + shared + 2 * model.hidden)
 
 
@@ -39,7 +39,7 @@ def _activations(case: Case) -> int:
     model, width = case.model, padded_width(case.layout, case.batch)
     heads, copies = model.heads * model.head_dim, model.top_k * (model.hidden + model.ffn)
     layer = 24 * model.hidden + 16 * heads + 6 * model.heads * width + 12 * copies + 64 * model.experts
-    return 64 + 24 * model.vocab + model.layers * (layer + 8 * model.shared_ffn)
+    return 64 + 24 * model.vocab + model.layers * (layer + 8 * max(model.shared_ffn, model.dense_ffn))
 
 
 def _working(case: Case) -> int:

@@ -10,15 +10,30 @@ from typing import Any
 from fuzz.case import Case
 from fuzz.space import VALUES, complexity, values_of
 
-SIZES = ("world", "tp", "ep", "etp", "experts", "top_k", "layers", "rows", "prompt", "response", "micro_rows")
+SIZES = (
+    "world",
+    "tp",
+    "pp",
+    "vpp",
+    "cp",
+    "ep",
+    "etp",
+    "experts",
+    "top_k",
+    "layers",
+    "rows",
+    "prompt",
+    "response",
+    "micro_rows",
+)
 STEPS = ("mini_batches", "epochs")
-WIDTHS = ("hidden", "heads", "kv_heads", "head_dim", "ffn", "shared_ffn", "vocab")
+WIDTHS = ("hidden", "heads", "kv_heads", "head_dim", "ffn", "shared_ffn", "vocab", "dense_ffn")
 
 
 def size(case: Case) -> tuple:
     """A tuple that is smaller for the simpler case; equal for equal cases only."""
     model, batch, ppo = case.model, case.batch, case.ppo
-    degrees = (case.layout.world, *complexity(case.layout))
+    degrees = (case.layout.world, *complexity(case.layout), case.layout.vpp)
     sizes = (model.experts, model.top_k, model.layers)
     tokens = (micro_batches(case), batch.micro_rows, batch.prompt, batch.response)
     steps = (len(case.program), ppo.mini_batches, ppo.epochs)

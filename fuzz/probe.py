@@ -21,8 +21,8 @@ class Record:
         self.routes: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """logits [R, W, V/TP]; per layer the routers' hidden [tokens, H], probs and map [tokens, E]."""
-        found = {"logits": torch.cat(self.logits)}
+        """On the last stage logits [R, W/CP, V/TP]; per layer its router's hidden [tokens, H], probs and map [., E]."""
+        found = {"logits": torch.cat(self.logits)} if self.logits else {}
         for layer, calls in self.routes.items():
             for i, name in enumerate(("hidden", "probs", "map")):
                 found[f"route/{layer}/{name}"] = torch.cat([c[i].reshape(-1, c[i].shape[-1]) for c in calls])
@@ -40,8 +40,9 @@ def recording(actor: Role) -> Iterator[Record]:
 
         return hook
 
-    hooks = [actor.gpt.register_forward_hook(lambda *a: record.logits.append(a[2].detach().clone()))]
-    hooks += [layer.mlp.router.register_forward_hook(routed(i)) for i, layer in enumerate(actor.gpt.decoder.layers)]
+    hooks = [layer.mlp.router.register_forward_hook(routed(i)) for i, layer in actor.moe_layers().items()]
+    if actor.last:
+        hooks.append(actor.last.register_forward_hook(lambda *a: record.logits.append(a[2].detach().clone())))
     try:
         yield record
     finally:
@@ -86,7 +87,7 @@ def dispatch(actor: Role, layer: int, record: Record) -> tuple[dict[str, torch.T
     Returns sent [tokens, H] and map, probs [tokens, E] of this rank; arrived [copies, H] in expert order with counts
     per local expert and copy_probs; combined [tokens, H]; and the split sizes of the all-to-all.
     """
-    moe = actor.gpt.decoder.layers[layer].mlp
+    moe = actor.layers()[layer].mlp
     hidden, probs, routing_map = record.routes[layer][0]
     sent, echo = _stamped(actor.rank, hidden.shape, hidden.dtype), _Echo(actor.layout.etp)
     kept = moe.router, moe.experts, moe.use_shared_expert

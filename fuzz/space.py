@@ -6,14 +6,23 @@ Knows the parts of a case (`toy_models.spec`, `fuzz.case`); knows nothing of Hyp
 import itertools
 from collections.abc import Sequence
 from functools import cache
+from math import prod
 from typing import Any
 
 from fuzz.case import PRECISIONS
-from toy_models.spec import DISPATCHERS, FAMILIES, OPTIMIZERS, RAGGEDNESS, Layout
+from toy_models.spec import DISPATCHERS, FAMILIES, OPTIMIZERS, PIPES, RAGGEDNESS, Layout
 
-WORLDS = (1, 2, 4, 8)
-DEGREES = (1, 2, 4, 8)
-PINNED = ("tp", "ep", "etp", "dp", "edp")
+WORLDS = (1, 2, 3, 4, 6, 8, 12, 16)
+PROPERTIES = (1, 2, 4, 8, 16)  # worlds with a property of their own; the others are drawn now and then in larger ones
+DEGREES = (1, 2, 3, 4, 6, 8, 12, 16)
+PINNED = ("tp", "pp", "cp", "ep", "etp", "dp", "edp")
+NAMED = (
+    "ep",
+    "etp",
+    "tp",
+    "cp",
+    "pp",
+)  # the degrees that make a layout of a world, in the order in which they are drawn
 
 # Of what can be switched off, off comes first.
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -43,7 +52,12 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "momentum": (0.0, 0.9, 0.5),
     "max_norm": (0.0, 0.3, 1.0, 0.05, 30.0),
     "perform_initialization": (True, False),
-}
+    "order": (
+        Layout().order, "tp-cp-ep-pp-dp", "cp-tp-ep-dp-pp", "dp-ep-cp-tp-pp", "ep-tp-dp-cp-pp", "pp-dp-ep-cp-tp",
+    ),
+    "p2p": PIPES,
+    "deallocate": (False, True),
+}  # fmt: skip
 
 # Adam divides by its eps: in float32 rounding of 1e-7 over an eps of 1e-8 would move a weight by the whole rate, and
 # no end-to-end law could judge it. The optimizer's own law judges every eps, from the gradients that it was given.
@@ -73,15 +87,23 @@ def worlds(max_ranks: int) -> list[int]:
 
 @cache
 def all_layouts(world: int) -> tuple[Layout, ...]:
-    """Every layout of a world with power-of-two degrees, simplest first: few degrees above one, small, EP before TP."""
-    places = [x for x in itertools.product(DEGREES, repeat=3) if world % (x[0] * x[1]) == world % x[2] == 0]
-    return tuple(sorted((Layout(world=world, ep=ep, etp=etp, tp=tp) for ep, etp, tp in places), key=complexity))
+    """Every layout of a world, simplest first: few degrees above one, small, EP before TP; without virtual stages."""
+    degrees = [degree for degree in range(1, world + 1) if world % degree == 0]
+    places = [dict(zip(NAMED, x, strict=True)) for x in itertools.product(degrees, repeat=len(NAMED))]
+    fits = [p for p in places if world % (p["tp"] * p["cp"] * p["pp"]) == world % (p["ep"] * p["etp"] * p["pp"]) == 0]
+    return tuple(sorted((Layout(world=world, **place) for place in fits), key=complexity))
 
 
 def complexity(layout: Layout) -> tuple:
     """Orders the layouts of one world."""
-    degrees = (layout.ep, layout.etp, layout.tp)
-    return sum(degree > 1 for degree in degrees), layout.ep * layout.etp * layout.tp, degrees
+    degrees = tuple(getattr(layout, name) for name in NAMED)
+    return sum(degree > 1 for degree in degrees), prod(degrees), degrees
+
+
+def schedules(pp: int) -> list[tuple[int, int]]:
+    """Micro-batches and the group in which the interleaved schedule of `pp` stages takes them, fewest first."""
+    numbers = range(pp, pp + 4)
+    return [(m, g) for m in numbers for g in range(pp, m + 1) if m % g == 0 or m % g >= pp]
 
 
 def fitting(tried: Sequence[int], pins: dict[str, int]) -> dict[int, list[Layout]]:

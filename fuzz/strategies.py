@@ -5,21 +5,24 @@ every case draws the same number of choices, in the order in which it should shr
 layers, tokens, steps, switches, everything else. What is off is drawn too, and ignored.
 """
 
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
 
 from fuzz.case import PRECISIONS, TWINS, Case
-from fuzz.space import ADAM, DEGREES, EPSILONS, VALUES, fitting
+from fuzz.space import ADAM, DEGREES, EPSILONS, NAMED, VALUES, fitting, schedules
 from fuzz.space import all_layouts as all_layouts
 from fuzz.space import worlds as worlds
-from toy_models.spec import DISPATCHERS, FAMILIES, PPO, Batch, Layout, MoEModel, Switches
+from toy_models.spec import DISPATCHERS, FAMILIES, PIPES, PPO, SPLITS, Batch, Layout, MoEModel, Switches
 
 Draw = Callable[[st.SearchStrategy], Any]
 
 CHOICES = {"family": FAMILIES, "precision": PRECISIONS, "twin": TWINS, "dispatcher": DISPATCHERS}
+MOST_STAGES = 8  # with virtual ones; of more than half as many each has one layer
 MOST_ROWS = 24  # several micro-batches per rank are drawn only where all rows together stay within this
 BUSY = 3  # steps between a case with no option on and one with most of them
 # Before anything else Hypothesis goes once through all choices that are drawn from 0 on and lie below this, first to
@@ -31,7 +34,7 @@ ALTERNATIVES = 11
 def layouts(
     *, max_ranks: int = 4, world: int | None = None, mostly: int | None = None, **degrees: int | None
 ) -> st.SearchStrategy[Layout]:
-    """Layouts of 1 to `max_ranks` ranks; `tp`, `ep`, `etp`, `dp`, `edp` pin degrees. ValueError where no layout fits.
+    """Layouts of 1 to `max_ranks` ranks; `tp`, `pp`, `cp`, `ep`, `etp`, `dp`, `edp` pin. ValueError where none fits.
 
     Shrinks towards one rank, and within a world towards small degrees. Within a world all are equally likely. `world`
     pins; `mostly` draws that world, and smaller ones now and then, so that a failure can shrink below it.
@@ -42,22 +45,22 @@ def layouts(
     if world is not None and mostly is not None:
         raise ValueError(f"world={world} is drawn always, mostly={mostly} in most cases; use one of them")
     usual = world if mostly is None else mostly
-    found = fitting(worlds(max_ranks) if usual is None else [usual], pins)
+    found = list(fitting(worlds(max_ranks) if usual is None else [usual], pins))
     if mostly is None:
         # Larger worlds have more layouts: each counts as often as its place in the list.
-        return _layouts(found, [size for place, size in enumerate(found, 1) for _ in range(place)])
-    smaller = fitting([*worlds(mostly - 1), mostly], pins)
-    return _layouts(smaller, [*smaller, *[mostly] * (ALTERNATIVES - len(smaller))])
+        return _layouts([size for place, size in enumerate(found, 1) for _ in range(place)], pins)
+    smaller = list(fitting([*worlds(mostly - 1), mostly], pins))
+    return _layouts([*smaller, *[mostly] * (ALTERNATIVES - len(smaller))], pins)
 
 
 @st.composite
-def _layouts(draw: Draw, found: dict[int, list[Layout]], bag: Sequence[int]) -> Layout:
+def _layouts(draw: Draw, bag: Sequence[int], pins: dict[str, int]) -> Layout:
     # (`integers`, as `sampled_from` makes no choice where there is one value.)
     world = bag[draw(st.integers(0, len(bag) - 1))]
     draw(st.integers(world, world))  # what follows hangs on the world: seen by its bounds, so that 2 is tried after 1
-    left = found[world]
+    left = fitting([world], pins)[world]
     # Degree by degree: an index into the whole list stays where the next smaller ones happen to pass.
-    for name in ("ep", "etp", "tp"):
+    for name in NAMED:
         degree = _degree(draw, [getattr(layout, name) for layout in left])
         left = [layout for layout in left if getattr(layout, name) == degree]
     return left[0]
@@ -100,23 +103,22 @@ def cases(
     max_ranks: int = 4,
     world: int | None = None,
     mostly: int | None = None,
-    tp: int | None = None,
-    ep: int | None = None,
-    etp: int | None = None,
     family: str | None = None,
     precision: str | None = None,
     twin: str | None = None,
     dispatcher: str | None = None,
+    **degrees: int | None,
 ) -> st.SearchStrategy[Case]:
     """Whole cases. Shrinks towards one rank, one layer, two experts, one row of one prompt and one response token.
 
-    `mostly` draws that world, and smaller ones now and then. ValueError at once where nothing satisfies the pins.
+    `mostly` draws that world, and smaller ones now and then; `tp`, `pp`, `cp`, `ep`, `etp`, `dp`, `edp` pin degrees.
+    ValueError at once where nothing satisfies the pins.
     """
     pins = {"family": family, "precision": precision, "twin": twin, "dispatcher": dispatcher}
     for name, allowed in CHOICES.items():
         if pins[name] is not None and pins[name] not in allowed:
             raise ValueError(f"{name}={pins[name]!r} is unknown; choose one of {', '.join(allowed)}")
-    return _cases(layouts(max_ranks=max_ranks, world=world, mostly=mostly, tp=tp, ep=ep, etp=etp), pins)
+    return _cases(layouts(max_ranks=max_ranks, world=world, mostly=mostly, **degrees), pins)
 
 
 @st.composite
@@ -125,7 +127,8 @@ def _cases(draw: Draw, places: st.SearchStrategy[Layout], pins: dict[str, str | 
     sizes = _sizes(draw, layout)
     shape = _shape(draw)
     busy = draw(st.integers(0, BUSY))
-    switches = _switches(draw, busy, pins["dispatcher"])
+    layout, sizes["layers"] = _pipeline(draw, busy, layout, sizes["layers"])
+    switches = _switches(draw, busy, layout, shape, pins["dispatcher"])
     model = _model(draw, busy, layout, sizes, pins["family"])
     batch = _batch(draw, busy, layout, shape)
     precision = pins["precision"] or draw(st.sampled_from(("float64", "float64", "float64", "float32")))
@@ -143,25 +146,77 @@ def _cases(draw: Draw, places: st.SearchStrategy[Layout], pins: dict[str, str | 
 
 
 def _sizes(draw: Draw, layout: Layout) -> dict[str, int]:
-    """Experts (odd numbers too), top-k of 1 to 4, layers."""
+    """Experts (odd numbers too), top-k of 1 to 4, layers (per stage of a pipeline)."""
     more = draw(st.integers(0, 3))
     experts = 2 + more if layout.ep == 1 else layout.ep * (1 + more)
     top_k = 1 + min(draw(st.integers(0, 3)), experts - 1)
     return {"experts": experts, "top_k": top_k, "layers": _count(draw, 1, 2)}
 
 
+def _pipeline(draw: Draw, busy: int, layout: Layout, per_stage: int) -> tuple[Layout, int]:
+    """The layout with its order, virtual stages and cut, and the layers in all. Shrinks towards an even cut."""
+    order, virtual = _switched(draw, busy, "order"), 1 + (layout.pp > 1) * _option(draw, busy) * _count(draw, 1, 2)
+    split, uneven, seed = draw(st.sampled_from(SPLITS[1:])), _option(draw, busy), draw(st.integers(0, 255))
+    order = order if order.endswith("-pp") or layout.pp == 1 or layout.dp == layout.edp else layout.order
+    virtual = min(virtual, max(1, MOST_STAGES // layout.pp))
+    number = layout.pp * virtual
+    per_stage = per_stage if number <= MOST_STAGES // 2 else 1
+    if layout.pp == 1 or not uneven:
+        return replace(layout, order=order, vpp=virtual), per_stage * number
+    counts = _stages(split, layout.pp, virtual, per_stage, seed)
+    return replace(layout, order=order, vpp=virtual, split=split, stages=counts), sum(counts)
+
+
+def _stages(split: str, pp: int, vpp: int, layers: int, seed: int) -> tuple[int, ...]:
+    """Layers of each stage that an option of megatron gives; `seed` says which of the ways."""
+    counts, first, last = [layers] * (pp * vpp), 1 + seed % 3, 1 + seed // 3 % 3
+    if split == "ends":
+        return tuple(((first, *[layers] * (pp - 2), last)) * vpp)
+    if split == "list":
+        drawn = random.Random(seed)
+        counts = [drawn.choice((0, 1, 1, 2)) for _ in counts]
+        return tuple(counts if any(counts) else [1, *counts[1:]])
+    counts[0] -= split in ("embedding", "both")
+    counts[-1] -= split in ("loss", "both")
+    return tuple(counts) if any(counts) else tuple(count + 1 for count in counts)
+
+
+def _dense(draw: Draw, busy: int, layers: int) -> tuple[int, ...]:
+    """Layers without experts: the first, all but one, every other, or any; none where there is one layer."""
+    on, kind, seed = _option(draw, busy), draw(st.integers(0, 3)), draw(st.integers(0, 255))
+    if not on or layers == 1:
+        return ()
+    one = seed % layers
+    drawn = random.Random(seed)
+    patterns = (
+        [0],
+        [layer for layer in range(layers) if layer != one],
+        range(one % 2, layers, 2),
+        [layer for layer in range(layers) if layer != one and drawn.random() < 0.5],
+    )
+    return tuple(patterns[kind])
+
+
 def _shape(draw: Draw) -> dict[str, int]:
     """Micro-batches per rank and mini-batch, their rows, lengths, optimizer steps (at most four)."""
-    names = {"micro_batches": 3, "micro_rows": 2, "prompt": 6, "response": 5}
+    names = {"micro_batches": 5, "micro_rows": 4, "prompt": 6, "response": 5}
     shape = {name: _count(draw, 1, most) for name, most in names.items()}
     shape["mini_batches"] = draw(st.sampled_from((1, 2, 2, 3)))
     epochs = draw(st.sampled_from((1, 1, 1, 2)))
     return shape | {"epochs": epochs if shape["mini_batches"] < 3 else 1}
 
 
-def _switches(draw: Draw, busy: int, dispatcher: str | None) -> Switches:
-    drawn = draw(st.sampled_from(("alltoall", "alltoall", "allgather")))
-    return Switches(dispatcher=dispatcher or drawn, perform_initialization=not _option(draw, busy))
+def _switches(draw: Draw, busy: int, layout: Layout, shape: dict[str, int], dispatcher: str | None) -> Switches:
+    drawn, schedule = draw(st.sampled_from(("alltoall", "alltoall", "allgather"))), draw(st.integers(0, 15))
+    initialized, p2p, deallocate = not _option(draw, busy), draw(st.sampled_from(PIPES)), _option(draw, busy)
+    chosen, group = dispatcher or drawn, 0
+    if layout.vpp == 1:
+        p2p = "plain" if busy and p2p != "batched" else "batched"
+    else:
+        pairs = schedules(layout.pp)
+        shape["micro_batches"], size = pairs[schedule % len(pairs)]
+        group = size if size > layout.pp else 0
+    return Switches(dispatcher=chosen, perform_initialization=initialized, p2p=p2p, deallocate=deallocate, group=group)
 
 
 def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family: str | None) -> MoEModel:
@@ -170,8 +225,11 @@ def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family:
     if chosen == "mixtral":
         sizes = sizes | {"top_k": max(2, sizes["top_k"])}
     normalised = draw(st.booleans())
-    kv_heads = layout.tp * _count(draw, 1, 2)
+    few, kv_heads = _option(draw, busy), layout.tp * _count(draw, 1, 2)
     heads = kv_heads * _count(draw, 1, 2)
+    kv_heads = 1 if few and (heads + 2) * 4 % layout.tp == 0 else kv_heads
+    dense, dense_ffn = _dense(draw, busy, sizes["layers"]), layout.tp * _count(draw, 1, 3)
+    dense = () if chosen == "mixtral" else dense
     shared = layout.tp * _count(draw, 2, 4)
     return MoEModel(
         family=chosen,
@@ -188,12 +246,15 @@ def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family:
         skew=_switched(draw, busy, "skew"),
         aux_loss=_switched(draw, busy, "aux_loss"),
         z_loss=_switched(draw, busy, "z_loss"),
+        dense=dense,
+        dense_ffn=dense_ffn if dense else 0,
     )
 
 
 def _rows(layout: Layout, shape: dict[str, int]) -> int:
     cut = shape["mini_batches"] * layout.dp * shape["micro_rows"]
-    return cut * min(shape["micro_batches"], max(1, MOST_ROWS // cut))
+    fewer = min(shape["micro_batches"], max(1, MOST_ROWS // cut))
+    return cut * (fewer if layout.vpp == 1 else shape["micro_batches"])
 
 
 def _batch(draw: Draw, busy: int, layout: Layout, shape: dict[str, int]) -> Batch:

@@ -15,7 +15,7 @@ from fuzz.ranks import Ranks
 from toy_models.batching import padded_width, partition
 
 KEPT_REFERENCES = 64
-KEPT_POOLS = 3
+KEPT_POOLS = 6
 
 
 @dataclass(frozen=True)

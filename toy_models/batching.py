@@ -88,3 +88,15 @@ def end_token(model: MoEModel) -> int:
 
 def pad_token(model: MoEModel, batch: Batch) -> int:
     return end_token(model) if batch.pad_is_eos else 0
+
+
+def chunk_positions(width: int, cp: int, cp_rank: int) -> list[int]:
+    """The positions of a row of `width` tokens that a context-parallel rank holds, in its order.
+
+    Of 2·CP equal chunks rank c has chunk c and chunk 2·CP-1-c, so that causal attention is equal work for all
+    (megatron `utils.get_batch_on_this_cp_rank`).
+    """
+    if cp == 1:
+        return list(range(width))
+    size = width // (2 * cp)
+    return [chunk * size + i for chunk in (cp_rank, 2 * cp - 1 - cp_rank) for i in range(size)]

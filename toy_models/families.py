@@ -50,7 +50,8 @@ def _sizes(model: MoEModel) -> dict[str, Any]:
     sizes = {
         "vocab_size": model.vocab, "hidden_size": model.hidden, "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim,
-        "num_experts_per_tok": model.top_k, "intermediate_size": model.ffn, "tie_word_embeddings": model.tied,
+        "num_experts_per_tok": model.top_k, "tie_word_embeddings": model.tied,
+        "intermediate_size": model.dense_ffn or model.ffn,
     }  # fmt: skip
     if model.family == "mixtral":
         return sizes | {"num_local_experts": model.experts}
@@ -58,6 +59,7 @@ def _sizes(model: MoEModel) -> dict[str, Any]:
         "num_experts": model.experts,
         "moe_intermediate_size": model.ffn,
         "norm_topk_prob": model.norm_topk_prob,
+        "mlp_only_layers": list(model.dense),
     }
     shared = {"shared_expert_intermediate_size": model.shared_ffn} if model.shared_ffn else {}
     return sizes | moe | shared
@@ -78,7 +80,7 @@ def hf_config(model: MoEModel) -> PretrainedConfig:
 def to_hf(model: MoEModel, canonical: Mapping[str, torch.Tensor]) -> Tensors:
     """Canonical tensors -> state dict of the family's ForCausalLM class; `score.weight` passes through."""
     state = {name: tensor for name, tensor in canonical.items() if not _EXPERT.fullmatch(name)}
-    for layer in range(model.layers):
+    for layer in model.moe:
         path = f"model.layers.{layer}.mlp.experts"
         gate, up, down = (
             torch.stack([canonical[f"{path}.{expert}.{kind}_proj.weight"] for expert in range(model.experts)])

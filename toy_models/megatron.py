@@ -4,29 +4,29 @@ Knows layouts and weights; knows nothing of PPO, of the reference or of the fuzz
 own global ones (`parallel_state`), initialised by the caller.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from toy_models import families, megatron_names, weights
+from toy_models.attention import ContextParallelAttention
 from toy_models.batching import padded_width
-from toy_models.coordinates import coordinates
+from toy_models.coordinates import chunks, coordinates, is_first, is_last
+from toy_models.megatron_names import Shard
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -67,7 +67,8 @@ def _options(model: MoEModel) -> dict[str, Any]:
         "num_attention_heads": model.heads,
         "num_query_groups": model.kv_heads,
         "kv_channels": model.head_dim,
-        "ffn_hidden_size": model.ffn,
+        "ffn_hidden_size": model.dense_ffn or model.ffn,
+        "moe_layer_freq": [int(layer in model.moe) for layer in range(model.layers)],
         "moe_ffn_hidden_size": model.ffn,
         "num_moe_experts": model.experts,
         "moe_router_topk": model.top_k,
@@ -101,17 +102,41 @@ FIXED: dict[str, Any] = {
 }
 
 
+def _pipeline(layout: Layout) -> dict[str, Any]:
+    """How the layers are cut into stages, by the option of megatron that the layout names."""
+    options: dict[str, Any] = {"pipeline_model_parallel_size": layout.pp}
+    if layout.vpp > 1:
+        options["virtual_pipeline_model_parallel_size"] = layout.vpp
+    if layout.split == "ends":
+        options["num_layers_in_first_pipeline_stage"] = layout.stages[0] * layout.vpp
+        options["num_layers_in_last_pipeline_stage"] = layout.stages[-1] * layout.vpp
+    elif layout.split == "list":
+        listed = [["decoder"] * count for count in layout.stages]
+        listed[0], listed[-1] = ["embedding", *listed[0]], [*listed[-1], "loss"]
+        options["pipeline_model_parallel_layout"] = listed
+    options["account_for_embedding_in_pipeline_split"] = layout.split in ("embedding", "both")
+    options["account_for_loss_in_pipeline_split"] = layout.split in ("loss", "both")
+    return options
+
+
 def transformer_config(model: MoEModel, layout: Layout, switches: Switches, precision: str) -> TransformerConfig:
     """A TransformerConfig of its own for each model: schedules hang functions on it."""
     config = TransformerConfig(
         **_options(model),
+        **_pipeline(layout),
         **FIXED,
         tensor_model_parallel_size=layout.tp,
+        context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         sequence_parallel=layout.tp > 1,
         moe_token_dispatcher_type=switches.dispatcher,
         perform_initialization=switches.perform_initialization,
+        batch_p2p_comm=switches.p2p == "batched",
+        overlap_p2p_comm=switches.p2p in ("overlapped", "flushed"),
+        overlap_p2p_comm_warmup_flush=switches.p2p == "flushed",
+        deallocate_pipeline_outputs=switches.deallocate,
+        microbatch_group_size_per_vp_stage=switches.group or layout.pp if layout.vpp > 1 else None,
         params_dtype=DTYPES[precision],
         pipeline_dtype=DTYPES[precision],
     )
@@ -122,36 +147,40 @@ def transformer_config(model: MoEModel, layout: Layout, switches: Switches, prec
     return config
 
 
-def _spec(model: MoEModel) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(
-        num_experts=model.experts,
-        moe_grouped_gemm=False,
-        qk_layernorm=model.family == "qwen3moe",
-        normalization="RMSNorm",
-    )
-    parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    attention = parts.self_attention.submodules
-    if model.family == "qwen3moe":
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layers: list[ModuleSpec] = [layer] * model.layers
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+def _spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Megatron's own choice of layers for a stage, with norms and an attention that run here."""
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
+    for layer in block.layer_specs:
+        parts = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+        attention = parts.self_attention.submodules
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+        if config.context_parallel_size > 1:
+            attention.core_attention = ContextParallelAttention
+    return replace(block, layer_norm=RMSNorm)
 
 
-def build(model: MoEModel, role: str, config: TransformerConfig, batch: Batch, layout: Layout) -> GPTModel:
-    """A GPTModel with the head of its role; its weights are whatever memory held until `load`."""
-    token_head = weights.has_token_head(role)
+def build(
+    model: MoEModel, role: str, config: TransformerConfig, batch: Batch, layout: Layout, stage: int = 0
+) -> GPTModel:
+    """A virtual stage of a GPTModel with the head of its role; its weights are whatever memory held until `load`."""
+    token_head, rank = weights.has_token_head(role), torch.distributed.get_rank()
+    vp_stage = stage if layout.vpp > 1 else None
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=_spec(model),
+        transformer_layer_spec=_spec(config, vp_stage),
         vocab_size=model.vocab,
         max_sequence_length=padded_width(layout, batch),
+        pre_process=is_first(layout, rank) and stage == 0,
+        post_process=is_last(layout, rank) and stage == layout.vpp - 1,
         share_embeddings_and_output_weights=token_head and model.tied,
         position_embedding_type="rope",
         rotary_base=families.rope_theta(model.family),
         parallel_output=True,
+        vp_stage=vp_stage,
     )
-    if not token_head:
+    if not token_head and gpt.post_process:
         gpt.output_layer = ScalarHead(config)
     if config.params_dtype == torch.float64:
         gpt.rotary_pos_emb.inv_freq = families.inv_freq(families.rope_theta(model.family), model.head_dim)
@@ -160,39 +189,61 @@ def build(model: MoEModel, role: str, config: TransformerConfig, batch: Batch, l
 
 @dataclass
 class Role:
-    """One of the four models on this rank. `optimizer` is None for the two that never learn."""
+    """One of the four models on this rank, with a chunk per virtual stage.
+
+    `optimizer` is None for the two that never learn.
+    """
 
     name: str
     model: MoEModel
     layout: Layout
     rank: int
-    module: torch.nn.Module
+    chunks: list[torch.nn.Module]
     optimizer: MegatronOptimizer | None = None
     scheduler: OptimizerParamScheduler | None = None
 
     @property
     def config(self) -> TransformerConfig:
-        return self.gpt.config
+        return self.gpts[0].config
 
     @property
-    def gpt(self) -> GPTModel:
-        return self.module.module if self.optimizer else self.module
+    def gpts(self) -> list[GPTModel]:
+        return [chunk.module for chunk in self.chunks] if self.optimizer else self.chunks
 
-    def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return self.gpt.named_parameters()
+    @property
+    def last(self) -> GPTModel | None:
+        """The chunk that ends in the head, if this rank has it."""
+        return self.gpts[-1] if is_last(self.layout, self.rank) else None
 
-    def unpack(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    def layers(self) -> dict[int, torch.nn.Module]:
+        """The layers of this rank by their place in the model, from 0."""
+        places = chunks(self.layout, self.model.layers, self.rank)
+        pairs = zip(places, self.gpts, strict=True)
+        return {at: layer for some, gpt in pairs for at, layer in zip(some, gpt.decoder.layers, strict=True)}
+
+    def moe_layers(self) -> dict[int, torch.nn.Module]:
+        """Those of them that have experts."""
+        return {at: layer for at, layer in self.layers().items() if at in self.model.moe}
+
+    def parameters(self) -> Iterator[tuple[Shard, str, torch.nn.Parameter]]:
+        """Every parameter with its name in its chunk, and what that chunk has of the model."""
+        at = coordinates(self.layout, self.rank)
+        first = at.ep * (self.model.experts // self.layout.ep)
+        for some, gpt in zip(chunks(self.layout, self.model.layers, self.rank), self.gpts, strict=True):
+            for name, parameter in gpt.named_parameters():
+                yield Shard(self.model, some, first, self.layout.tp, at.tp), name, parameter
+
+    def unpack(self, of: Shard, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """Canonical pieces of a tensor shaped like the parameter `name`."""
-        first = coordinates(self.layout, self.rank).ep * (self.model.experts // self.layout.ep)
-        return megatron_names.unpack(self.model, self.name, name, tensor, first)
+        return megatron_names.unpack(of, self.name, name, tensor)
 
     def pieces(self, kind: str) -> dict[str, torch.Tensor]:
         """This rank's canonical pieces of every 'weight', 'grad' (reduced, before clipping) or optimizer state."""
         found: dict[str, torch.Tensor] = {}
-        for name, parameter in self.parameters():
+        for of, name, parameter in self.parameters():
             tensor = self._tensor(parameter, kind)
             if tensor is not None:
-                found |= self.unpack(name, tensor.detach())
+                found |= self.unpack(of, name, tensor.detach())
         return found
 
     def _tensor(self, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor | None:
@@ -210,14 +261,14 @@ class Role:
 def load(role: Role, canonical: Mapping[str, torch.Tensor]) -> None:
     """Copy this rank's slices of the canonical weights into the sharded model."""
     where = weights.held(role.model, role.layout, role.name, role.rank)
-    for name, parameter in role.parameters():
+    for of, name, parameter in role.parameters():
         flat = torch.arange(parameter.numel()).reshape(parameter.shape)
-        for piece, index in role.unpack(name, flat).items():
+        for piece, index in role.unpack(of, name, flat).items():
             part = canonical[piece][where[piece]].to(parameter.dtype)
             parameter.data.view(-1)[index.reshape(-1)] = part.reshape(-1)
 
 
-def _optimizer(role: str, module: torch.nn.Module, ppo: PPO, precision: str) -> MegatronOptimizer:
+def _optimizer(role: str, chunks: Sequence[torch.nn.Module], ppo: PPO, precision: str) -> MegatronOptimizer:
     config = OptimizerConfig(
         optimizer=ppo.optimizer,
         lr=ppo.lr if role == "actor" else ppo.critic_lr,
@@ -229,7 +280,7 @@ def _optimizer(role: str, module: torch.nn.Module, ppo: PPO, precision: str) -> 
         clip_grad=ppo.max_norm,
         params_dtype=DTYPES[precision],
     )
-    return get_megatron_optimizer(config, [module], use_gloo_process_groups=False)
+    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
 
 
 def _scheduler(optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
@@ -253,19 +304,25 @@ def _scheduler(optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
 def make_role(case: Any, name: str) -> Role:
     """Build, load and, for actor and critic, wrap in DDP with an optimizer; `case` has the parts of `spec`."""
     config = transformer_config(case.model, case.layout, case.switches, case.precision)
-    gpt = build(case.model, name, config, case.batch, case.layout)
-    role = Role(name, case.model, case.layout, torch.distributed.get_rank(), gpt)
+    stages = range(case.layout.vpp)
+    gpts = [build(case.model, name, config, case.batch, case.layout, stage) for stage in stages]
+    role = Role(name, case.model, case.layout, torch.distributed.get_rank(), gpts)
     load(role, weights.canonical(case.model, name, case.seed))
     if name in ("actor", "critic"):
-        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
-        role.module = DistributedDataParallel(config, ddp, gpt)
-        role.optimizer = _optimizer(name, role.module, case.ppo, case.precision)
-        role.scheduler = _scheduler(role.optimizer)
-        config.no_sync_func = role.module.no_sync
+        _learns(role, config, case.ppo, case.precision)
     else:
-        gpt.requires_grad_(False)
+        for gpt in gpts:
+            gpt.requires_grad_(False)
     return role
 
 
-def data_parallel_group() -> torch.distributed.ProcessGroup:
-    return parallel_state.get_data_parallel_group()
+def _learns(role: Role, config: TransformerConfig, ppo: PPO, precision: str) -> None:
+    """Wrap the chunks in DDP, as megatron's training does: buckets for the first chunk only."""
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
+    role.chunks = [
+        DistributedDataParallel(config, ddp, gpt, disable_bucketing=stage > 0) for stage, gpt in enumerate(role.chunks)
+    ]
+    role.optimizer = _optimizer(role.name, role.chunks, ppo, precision)
+    role.scheduler = _scheduler(role.optimizer)
+    syncs = [chunk.no_sync for chunk in role.chunks]
+    config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]

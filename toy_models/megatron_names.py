@@ -4,6 +4,8 @@ Plain functions on tensors. Knows names and shapes; no process groups, no module
 """
 
 import re
+from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -25,40 +27,66 @@ _PLAIN = {
     **{f"self_attention.{k}": v for k, v in _ATTENTION.items()},
 }
 
+_MLP = re.compile(
+    r"mlp\.((?P<shared>shared_experts)\.|experts\.local_experts\.(?P<expert>\d+)\.)?linear_fc(?P<fc>[12])\.weight"
+)
+
+
+class Shard(NamedTuple):
+    """Which part of a model's tensors a model chunk has: its layers, its first expert, its place in TP."""
+
+    model: MoEModel
+    layers: tuple[int, ...]
+    first_expert: int
+    tp: int
+    tp_rank: int
+
 
 def _halves(fc1: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
     gate, up = fc1.chunk(2, dim=0)
     return {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}
 
 
-def _queries_keys_values(model: MoEModel, qkv: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
-    """linear_qkv holds, per query group: its query heads, then one key head, then one value head."""
-    per_group = model.heads // model.kv_heads
-    groups = qkv.reshape(-1, (per_group + 2) * model.head_dim, *qkv.shape[1:])
-    sizes = [per_group * model.head_dim, model.head_dim, model.head_dim]
-    parts = zip("qkv", groups.split(sizes, dim=1), strict=True)
-    return {f"self_attn.{x}_proj.{kind}": part.reshape(-1, *qkv.shape[1:]) for x, part in parts}
+@cache
+def _rows(model: MoEModel, tp: int, tp_rank: int) -> dict[str, torch.Tensor]:
+    """Where the rows of q, k and v stand in the equal part of linear_qkv that a TP rank has."""
+    packed = [x for x, _ in weights.packed_rows(model)]
+    mine = packed[len(packed) * tp_rank // tp : len(packed) * (tp_rank + 1) // tp]
+    rows = {x: [i for i, held in enumerate(mine) if held == x] for x in "qkv"}
+    return {x: torch.tensor(at) for x, at in rows.items() if at}
 
 
-def _unpack_in_layer(model: MoEModel, name: str, tensor: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
+def _queries_keys_values(of: Shard, qkv: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
+    rows = _rows(of.model, of.tp, of.tp_rank)
+    return {f"self_attn.{x}_proj.{kind}": qkv[at] for x, at in rows.items()}
+
+
+def _unpack_in_layer(of: Shard, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     if name in _PLAIN:
         return {_PLAIN[name]: tensor}
     if name.startswith("self_attention.linear_qkv."):
-        return _queries_keys_values(model, tensor, name.rsplit(".", 1)[1])
-    expert = re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.linear_fc([12])\.weight", name)
-    shared = re.fullmatch(r"mlp\.shared_experts\.linear_fc([12])\.weight", name)
-    assert expert or shared, f"no canonical name is known for megatron's parameter {name}"
-    prefix = f"mlp.experts.{first + int(expert[1])}" if expert else "mlp.shared_expert"
-    first_layer = (expert or shared).groups()[-1] == "1"  # type: ignore[union-attr]
-    return _halves(tensor, prefix) if first_layer else {f"{prefix}.down_proj.weight": tensor}
+        return _queries_keys_values(of, tensor, name.rsplit(".", 1)[1])
+    found = _MLP.fullmatch(name)
+    assert found, f"no canonical name is known for megatron's parameter {name}"
+    prefix = "mlp.shared_expert" if found["shared"] else "mlp"
+    if found["expert"]:
+        prefix = f"mlp.experts.{of.first_expert + int(found['expert'])}"
+    return _halves(tensor, prefix) if found["fc"] == "1" else {f"{prefix}.down_proj.weight": tensor}
 
 
-def unpack(model: MoEModel, role: str, name: str, tensor: torch.Tensor, first_expert: int) -> dict[str, torch.Tensor]:
+def unpack(of: Shard, role: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """A tensor shaped like megatron's parameter `name` as the canonical pieces it holds (views where possible)."""
     if name == "output_layer.weight":
-        return {"lm_head.weight" if weights.has_token_head(role) else "score.weight": tensor}
+        return {_head(of.model, role): tensor}
     layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if not layer:
         return {_PLAIN[name]: tensor}
-    pieces = _unpack_in_layer(model, layer[2], tensor, first_expert)
-    return {f"model.layers.{layer[1]}.{k}": v for k, v in pieces.items()}
+    pieces = _unpack_in_layer(of, layer[2], tensor)
+    return {f"model.layers.{of.layers[int(layer[1])]}.{k}": v for k, v in pieces.items()}
+
+
+def _head(model: MoEModel, role: str) -> str:
+    """The last stage of a pipeline has a copy of a tied embedding as its head."""
+    if not weights.has_token_head(role):
+        return "score.weight"
+    return "model.embed_tokens.weight" if model.tied else "lm_head.weight"

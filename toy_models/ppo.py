@@ -1,7 +1,8 @@
 """One PPO iteration on megatron-core, as plain functions: rollout, experience, advantages, updates.
 
 Written from `docs/ppo.md`, which has every formula. Knows the four roles of `toy_models.megatron`; knows nothing of the
-fuzzer or of the reference. Shapes: R rows of this DP rank, W padded width, T greatest response, V vocabulary.
+fuzzer or of the reference. Shapes: R rows of this DP rank, W padded width, T greatest response, V vocabulary. Only the
+last stage of a pipeline sees outputs; under context parallelism C = W/CP of the positions are a rank's own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     vocab_parallel_cross_entropy,
 )
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from toy_models import batching
 from toy_models.megatron import Role
@@ -71,19 +73,21 @@ class Experience:
 
 
 def _step(batches: Any, module: torch.nn.Module, read: Callable) -> tuple[torch.Tensor, Callable]:
-    """megatron's forward_step_func: next micro-batch through the model, and how to read its output."""
+    """megatron's forward_step_func: next micro-batch through a model chunk, and how to read the last one's output."""
     batch: Rollout = next(batches)
-    tokens = batch.tokens_RW
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    return module(tokens, positions, None), partial(read, batch)
+    positions_RW = torch.arange(batch.tokens_RW.shape[1]).expand_as(batch.tokens_RW)
+    own = get_batch_on_this_cp_rank({"tokens": batch.tokens_RW, "positions": positions_RW})
+    return module(own["tokens"], own["positions"], None), partial(read, batch)
 
 
 def _schedule(role: Role, batches: Sequence[Rollout], read: Callable, *, forward_only: bool) -> list[Any]:
+    """What `read` returns beside the loss, per micro-batch; nothing on all stages but the last."""
     schedule = get_forward_backward_func()
+    iterators = [iter(batches) for _ in role.chunks]
     return schedule(  # type: ignore[no-any-return]
         forward_step_func=partial(_step, read=read),
-        data_iterator=iter(batches),
-        model=role.module,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=role.chunks if len(iterators) > 1 else role.chunks[0],
         num_microbatches=len(batches),
         seq_length=batches[0].tokens_RW.shape[1],
         micro_batch_size=len(batches[0].rows),
@@ -91,48 +95,94 @@ def _schedule(role: Role, batches: Sequence[Rollout], read: Callable, *, forward
     )
 
 
-def _evaluate(role: Role, batches: Sequence[Rollout], read: Callable[[Rollout, torch.Tensor], Any]) -> list[Any]:
-    """Forward-only over micro-batches, in eval mode and without autograd; what `read` returns for each."""
+def _passes(case: Any, rollout: Rollout) -> list[list[Rollout]]:
+    """All rows at once; for virtual stages, whose schedule needs several micro-batches, as they are trained."""
+    if case.layout.vpp == 1:
+        return [[rollout]]
+    dp_rank, parts = parallel_state.get_data_parallel_rank(), batching.partition(case.layout, case.batch, case.ppo)
+    return [[rollout.take(micro) for micro in shares[dp_rank]] for shares in parts.micro]
+
+
+def _evaluate(
+    case: Any, role: Role, rollout: Rollout, read: Callable[[Rollout, torch.Tensor], Any], *shape: int
+) -> torch.Tensor:
+    """What `read` says of every row, [R, *shape], on all ranks: forward only, in eval mode, without autograd."""
 
     def reading(batch: Rollout, output: torch.Tensor) -> tuple[torch.Tensor, Any]:
         return output.new_zeros(()), read(batch, output)
 
-    if role.module.training:
-        role.module.eval()
+    for chunk in role.chunks:
+        if chunk.training:
+            chunk.eval()
     with torch.no_grad():
-        return _schedule(role, batches, reading, forward_only=True)
+        found = [x for some in _passes(case, rollout) for x in _schedule(role, some, reading, forward_only=True)]
+        own = torch.cat(found) if found else torch.empty(len(rollout.rows), *shape, dtype=role.config.params_dtype)
+        return _everywhere(own.contiguous(), parallel_state.get_context_parallel_group() if found else None)
 
 
-def token_logp(batch: Rollout, logits_RWV: torch.Tensor, temperature: float) -> torch.Tensor:
+def _everywhere(own: torch.Tensor, sharing: dist.ProcessGroup | None) -> torch.Tensor:
+    """Summed over those that share it, on the last stage; from there to all stages."""
+    if sharing is not None and sharing.size() > 1:
+        dist.all_reduce(own, group=sharing)
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    if stages.size() > 1:
+        dist.broadcast(own, parallel_state.get_pipeline_model_parallel_last_rank(), group=stages)
+    return own
+
+
+def _own(batch: Rollout, at_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of these sequence positions are this context-parallel rank's own, and where among them they lie."""
+    cp, cp_rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    places = batching.chunk_positions(batch.tokens_RW.shape[1], cp, cp_rank)
+    where_W = torch.full(batch.tokens_RW.shape[1:], -1)
+    where_W[places] = torch.arange(len(places))
+    return where_W[at_RT] >= 0, where_W[at_RT].clamp(min=0)
+
+
+def trained(batch: Rollout) -> torch.Tensor:
+    """The response tokens [R, T] that were sampled and are predicted from positions of this rank's own."""
+    return batch.mask_RT & _own(batch, batch.states_RT)[0]
+
+
+def _at_states(batch: Rollout, x_RC: torch.Tensor) -> torch.Tensor:
+    """What stands where each response token is predicted [R, T], zero where masked or another rank's."""
+    own, index = _own(batch, batch.states_RT)
+    return torch.where(batch.mask_RT & own, x_RC.gather(1, index), 0.0)
+
+
+def token_logp(batch: Rollout, logits_RCV: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probabilities [R, T] of the response tokens from vocab-parallel logits, zero where masked."""
-    labels = batch.tokens_RW.roll(-1, dims=1)
-    scaled = (logits_RWV / temperature).transpose(0, 1).contiguous()
-    logp_RW = -vocab_parallel_cross_entropy(scaled, labels.t().contiguous()).t()
-    return torch.where(batch.mask_RT, logp_RW.gather(1, batch.states_RT), 0.0)
+    labels = get_batch_on_this_cp_rank({"labels": batch.tokens_RW.roll(-1, dims=1)})["labels"]
+    scaled = (logits_RCV / temperature).transpose(0, 1).contiguous()
+    return _at_states(batch, -vocab_parallel_cross_entropy(scaled, labels.t().contiguous()).t())
 
 
-def token_entropy(batch: Rollout, logits_RWV: torch.Tensor, temperature: float) -> torch.Tensor:
+def token_entropy(batch: Rollout, logits_RCV: torch.Tensor, temperature: float) -> torch.Tensor:
     """Entropies [R, T] of the sampling distributions from vocab-parallel logits, zero where masked."""
-    scaled = logits_RWV / temperature
+    scaled = logits_RCV / temperature
     top = scaled.detach().amax(-1)
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
     shifted = scaled - top[..., None]
     weight = shifted.exp()
     total = reduce_from_tensor_model_parallel_region(weight.sum(-1))
     moment = reduce_from_tensor_model_parallel_region((weight * shifted).sum(-1))
-    entropy_RW = total.log() - moment / total
-    return torch.where(batch.mask_RT, entropy_RW.gather(1, batch.states_RT), 0.0)
+    return _at_states(batch, total.log() - moment / total)
 
 
-def token_values(batch: Rollout, output_RW1: torch.Tensor) -> torch.Tensor:
+def token_values(batch: Rollout, output_RC1: torch.Tensor) -> torch.Tensor:
     """The critic's values [R, T] of the states before the response tokens, zero where masked."""
-    return torch.where(batch.mask_RT, output_RW1.squeeze(-1).gather(1, batch.states_RT), 0.0)
+    return _at_states(batch, output_RC1.squeeze(-1))
 
 
-def last_score(batch: Rollout, output_RW1: torch.Tensor) -> torch.Tensor:
+def _at_last(batch: Rollout, x_RCF: torch.Tensor) -> torch.Tensor:
+    """What stands at the last token of each row [R, F]; zero where that is another rank's."""
+    own, index = _own(batch, (batch.prompts_R + batch.responses_R - 1)[:, None])
+    return torch.where(own, x_RCF.gather(1, index[..., None].expand(-1, 1, x_RCF.shape[2])).squeeze(1), 0.0)
+
+
+def last_score(batch: Rollout, output_RC1: torch.Tensor) -> torch.Tensor:
     """The reward model's output [R] at the last token of each row."""
-    last = (batch.prompts_R + batch.responses_R - 1)[:, None]
-    return output_RW1.squeeze(-1).gather(1, last).squeeze(1)
+    return _at_last(batch, output_RC1).squeeze(1)
 
 
 # ---- rollout --------------------------------------------------------------------------------------------------
@@ -158,9 +208,8 @@ def sample(logits_RV: torch.Tensor, uniforms: Sequence[float], temperature: floa
     return torch.minimum(first, last)
 
 
-def _last_logits(batch: Rollout, logits_RWV: torch.Tensor) -> torch.Tensor:
-    last = (batch.prompts_R + batch.responses_R - 1)[:, None, None].expand(-1, 1, logits_RWV.shape[2])
-    return gather_from_tensor_model_parallel_region(logits_RWV.gather(1, last).squeeze(1).contiguous())
+def _last_logits(batch: Rollout, logits_RCV: torch.Tensor) -> torch.Tensor:
+    return gather_from_tensor_model_parallel_region(_at_last(batch, logits_RCV).contiguous())
 
 
 def _put(case: Any, rollout: Rollout, drawn_R: torch.Tensor, position: int, iteration: int, forced: Mapping) -> None:
@@ -193,7 +242,7 @@ def roll_out(case: Any, actor: Role, iteration: int, forced: Mapping[tuple[int, 
     parts = batching.partition(case.layout, case.batch, case.ppo)
     rollout = _prompts(case, parts.rows_of(parallel_state.get_data_parallel_rank()), iteration)
     for position in range(max(batching.response_limits(case.batch, case.seed))):
-        [logits_RV] = _evaluate(actor, [rollout], _last_logits)
+        logits_RV = _evaluate(case, actor, rollout, _last_logits, case.model.vocab)
         uniforms = [batching.uniform("sample", case.seed, iteration, row, position) for row in rollout.rows]
         _put(case, rollout, sample(logits_RV, uniforms, case.ppo.temperature), position, iteration, forced)
     return rollout
@@ -247,7 +296,10 @@ def gather_experience(case: Any, roles: Roles, rollout: Rollout) -> Experience:
         "values": ("critic", token_values),
         "scores": ("reward", last_score),
     }
-    found = {name: _evaluate(roles[role], [rollout], read)[0] for name, (role, read) in reads.items()}
+    tokens = {name: rollout.mask_RT.shape[1:] for name in ("old_logp", "ref_logp", "values")}
+    found = {
+        name: _evaluate(case, roles[role], rollout, read, *tokens.get(name, ())) for name, (role, read) in reads.items()
+    }
     found["rewards"] = token_rewards(found, rollout, case.ppo.kl_coef)
     settings = (case.ppo.gamma, case.ppo.lam)
     found["advantages"], found["returns"] = gae(found["rewards"], found["values"], rollout.mask_RT, *settings)
@@ -264,12 +316,12 @@ def _reduced(sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _actor_loss(
-    case: Any, experience: Experience, scale: float, batch: Rollout, logits_RWV: torch.Tensor
+    case: Any, experience: Experience, scale: float, batch: Rollout, logits_RCV: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    ppo, mask = case.ppo, batch.mask_RT
+    ppo, mask = case.ppo, trained(batch)
     advantages, old = experience.at("advantages", batch.rows), experience.at("old_logp", batch.rows)
-    entropy = token_entropy(batch, logits_RWV, ppo.temperature)
-    logp = token_logp(batch, logits_RWV, ppo.temperature)
+    entropy = token_entropy(batch, logits_RCV, ppo.temperature)
+    logp = token_logp(batch, logits_RCV, ppo.temperature)
     ratio = torch.where(mask, logp - old, 0.0).exp()
     clipped = ratio.clamp(1 - ppo.clip_eps, 1 + ppo.clip_eps)
     policy = torch.where(mask, torch.maximum(-advantages * ratio, -advantages * clipped), 0.0)
@@ -284,11 +336,11 @@ def _actor_loss(
 
 
 def _critic_loss(
-    case: Any, experience: Experience, scale: float, batch: Rollout, output_RW1: torch.Tensor
+    case: Any, experience: Experience, scale: float, batch: Rollout, output_RC1: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    clip, mask = case.ppo.value_clip, batch.mask_RT
+    clip, mask = case.ppo.value_clip, trained(batch)
     returns, old = experience.at("returns", batch.rows), experience.at("values", batch.rows)
-    values = token_values(batch, output_RW1)
+    values = token_values(batch, output_RC1)
     clipped = old + (values - old).clamp(-clip, clip)
     loss = torch.where(mask, 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), 0.0)
     sums = {"value_loss": loss, "value_clip_fraction": (mask & ((values - old).abs() > clip)).to(loss.dtype)}
@@ -296,13 +348,20 @@ def _critic_loss(
 
 
 LOSSES = {"actor": _actor_loss, "critic": _critic_loss}
+METRICS = {
+    "actor": ("policy_loss", "entropy", "approx_kl", "clip_fraction"),
+    "critic": ("value_loss", "value_clip_fraction"),
+}
 
 
-def _metrics(reports: Sequence[Mapping[str, Any]], tokens: torch.Tensor) -> dict[str, float]:
-    """Sums over this rank's micro-batches and over DP, per masked-in token of the mini-batch."""
-    names = list(reports[0]["sums"])
-    totals = torch.stack([sum(report["sums"][name] for report in reports) for name in names])  # type: ignore[misc]
-    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+def _metrics(role: Role, reports: Sequence[Mapping[str, Any]], tokens: torch.Tensor) -> dict[str, float]:
+    """Sums over this rank's micro-batches, over DP and CP, per masked-in token of the mini-batch; on all stages."""
+    names = METRICS[role.name]
+    totals = torch.zeros(len(names), dtype=tokens.dtype)
+    for report in reports:
+        totals += torch.stack([report["sums"][name] for name in names])
+    sharing = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    _everywhere(totals, sharing if role.last else None)
     return dict(zip(names, (totals / tokens).tolist(), strict=True))
 
 
@@ -315,15 +374,16 @@ def _train(
     tokens = _global_sum(torch.cat([batch.mask_RT for batch in batches]).to(experience.values.dtype))
     # The schedule divides by the number of micro-batches and DDP averages over DP; the loss is per token of both.
     scale = len(batches) * parallel_state.get_data_parallel_world_size() / float(tokens)
-    role.module.train()
-    role.module.zero_grad_buffer()  # type: ignore[operator]
+    for chunk in role.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()  # type: ignore[operator]
     role.optimizer.zero_grad()
     loss = partial(LOSSES[role.name], case, experience, scale)
     reports = _schedule(role, batches, loss, forward_only=False)
     watch("gradients", role, step, {})
     _, norm, _ = role.optimizer.step()
     role.scheduler.step(1)
-    metrics = _metrics(reports, tokens) | {f"{role.name}_norm": float(norm)}
+    metrics = _metrics(role, reports, tokens) | {f"{role.name}_norm": float(norm)}
     watch("stepped", role, step, {**metrics, "reports": reports})
     return metrics
 

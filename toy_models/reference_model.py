@@ -28,7 +28,7 @@ class Routing(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One forward pass: token logits [B, W, V] or values [B, W], and the routing of each layer."""
+    """One forward pass: token logits [B, W, V] or values [B, W], and the routing of each layer that has experts."""
 
     output: torch.Tensor
     routing: tuple[Routing, ...]
@@ -42,7 +42,7 @@ def _backbone(model: MoEModel) -> tuple[PreTrainedModel, list[Routing]]:
     frequencies = families.inv_freq(families.rope_theta(model.family), model.head_dim)
     module.rotary_emb.inv_freq = module.rotary_emb.original_inv_freq = frequencies
     seen: list[Routing] = []
-    for layer in module.layers:
+    for layer in (module.layers[i] for i in model.moe):
         # All three families return (logits, gates, experts); the logits are a plain product with gate.weight.
         layer.mlp.gate.register_forward_hook(lambda _, __, out: seen.append(Routing(out[0], out[2])))
     return module, seen
@@ -98,5 +98,5 @@ def routing_gap(model: MoEModel, *passes: Pass) -> float:
 
 
 def tokens_per_expert(model: MoEModel, one: Pass) -> list[list[int]]:
-    """How many tokens each layer sent to each expert: plain lists [layers][E], padding counted."""
+    """How many tokens each layer with experts sent to each: plain lists [layers][E], padding counted."""
     return [torch.bincount(x.experts.flatten(), minlength=model.experts).tolist() for x in one.routing]

@@ -12,12 +12,18 @@ FAMILIES = ("qwen3moe", "qwen2moe", "mixtral")
 DISPATCHERS = ("alltoall", "allgather")
 RAGGEDNESS = ("equal", "ragged", "one_long")
 OPTIMIZERS = ("sgd", "adam")
+# How a pipeline is asked for that is not cut evenly: num_layers_in_first/last_pipeline_stage, account_for_embedding (or
+# loss, or both) _in_pipeline_split, pipeline_model_parallel_layout.
+SPLITS = ("even", "ends", "embedding", "loss", "both", "list")
+# batch_p2p_comm, neither, overlap_p2p_comm, overlap_p2p_comm_warmup_flush
+PIPES = ("batched", "plain", "overlapped", "flushed")
+AXES = ("tp", "cp", "ep", "dp", "pp")
 
 # Bounds on what a case file from a stranger may ask for: far above what is drawn, far below what hurts.
 MOST = {
     "world": 64, "layers": 64, "experts": 256, "hidden": 1024, "heads": 128, "kv_heads": 128, "head_dim": 256,
     "ffn": 4096, "shared_ffn": 4096, "vocab": 4096, "rows": 1024, "prompt": 1024, "response": 1024,
-    "micro_rows": 64, "epochs": 16, "mini_batches": 64,
+    "micro_rows": 64, "epochs": 16, "mini_batches": 64, "dense_ffn": 4096,
 }  # fmt: skip
 
 # Numbers that are each within bounds could still ask for terabytes together: these products are bounded too, `width`
@@ -26,6 +32,7 @@ MOST_NUMBERS = 2**24
 PRODUCTS = (
     ("layers", "experts", "hidden", "ffn"),
     ("layers", "hidden", "shared_ffn"),
+    ("layers", "hidden", "dense_ffn"),
     ("layers", "hidden", "heads", "head_dim"),
     ("rows", "width", "layers", "hidden"),
     ("rows", "width", "experts"),
@@ -69,7 +76,9 @@ def _check_flags(value: object, *names: str) -> None:
 class Layout:
     """Degrees of parallelism: TP·CP·PP·DP = ETP·EP·PP·EDP = world. `vpp` counts virtual stages per pipeline rank.
 
-    Attention and dense weights split over `tp`, expert weights over `etp`, experts over `ep`.
+    Attention and dense weights split over `tp`, expert weights over `etp`, experts over `ep`. `order` names the axes of
+    ranks, the fastest first. `stages` has the layers of each of the pp·vpp stages in the order of the model, where they
+    are not cut evenly, and `split` by which of megatron's options that is asked for (SPLITS).
     """
 
     world: int = 1
@@ -79,6 +88,9 @@ class Layout:
     cp: int = 1
     ep: int = 1
     etp: int = 1
+    order: str = "-".join(AXES)
+    split: str = "even"
+    stages: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_counts(self, world=1, tp=1, pp=1, vpp=1, cp=1, ep=1, etp=1)
@@ -92,6 +104,29 @@ class Layout:
             f"world={self.world} is not a multiple of etp*ep*pp={self.etp}*{self.ep}*{self.pp}={expert}",
         )
         _require(self.vpp == 1 or self.pp > 1, f"vpp={self.vpp} needs pp > 1, but pp={self.pp}")
+        self._check_order()
+        self._check_split()
+
+    def _check_order(self) -> None:
+        axes = self.order.split("-") if isinstance(self.order, str) else []
+        _require(sorted(axes) == sorted(AXES), f"order={self.order!r} must name each of {', '.join(AXES)} once")
+        _require(
+            axes[-1] == "pp" or self.pp == 1 or self.dp == self.edp,
+            f"order={self.order!r} with pp={self.pp} not last needs dp = edp, got dp={self.dp}, edp={self.edp}",
+        )
+
+    def _check_split(self) -> None:
+        _check_choice(self, split=SPLITS)
+        counts, number = self.stages, self.pp * self.vpp
+        whole = isinstance(counts, tuple) and all(type(n) is int and 0 <= n <= MOST["layers"] for n in counts)
+        _require(whole, f"stages={counts!r} must be a tuple of ints of 0..{MOST['layers']}")
+        if self.split == "even":
+            return _require(not counts, f"stages={counts} are not cut evenly: split must be one of {SPLITS[1:]}")
+        asked = f"split={self.split!r}, stages={counts}"
+        _require(
+            self.pp > 1 and len(counts) == number, f"{asked}: {number} stages are there, pp*vpp={self.pp}*{self.vpp}"
+        )
+        _require(_divides(self, counts), f"{asked} is not what that option of megatron gives")
 
     @property
     def dp(self) -> int:
@@ -104,11 +139,24 @@ class Layout:
         return self.world // (self.etp * self.ep * self.pp)
 
 
+def _divides(layout: Layout, counts: tuple[int, ...]) -> bool:
+    """Whether an option of megatron can give these stages: alike but for the ends, or with what counts as a layer."""
+    if layout.split == "list":
+        return True
+    if layout.split == "ends":
+        by_rank = [set(counts[rank :: layout.pp]) for rank in range(layout.pp)]
+        middle = set().union(*by_rank[1:-1])
+        return all(len(one) == 1 for one in by_rank) and len(middle) <= 1 and 0 not in counts
+    first, last = layout.split in ("embedding", "both"), layout.split in ("loss", "both")
+    return len({counts[0] + first, *counts[1:-1], counts[-1] + last}) == 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoEModel:
     """One mixture-of-experts decoder; actor, critic, reference and reward model share it and differ in weights.
 
-    `ffn` is the width of one routed expert, `shared_ffn` that of the shared expert (Qwen2-MoE only, else 0).
+    `ffn` is the width of one routed expert, `shared_ffn` that of the shared expert (Qwen2-MoE only, else 0). The layers
+    in `dense` (indices from 0, ascending) have one plain MLP of width `dense_ffn` in place of experts (not in Mixtral).
     `skew` pulls tokens towards expert 0: 0 is balanced, 4 starves most other experts. `aux_loss` and `z_loss`
     are megatron's moe_aux_loss_coeff and moe_z_loss_coeff.
     """
@@ -129,11 +177,13 @@ class MoEModel:
     skew: float = 0.0
     aux_loss: float = 0.0
     z_loss: float = 0.0
+    dense: tuple[int, ...] = ()
+    dense_ffn: int = 0
 
     def __post_init__(self) -> None:
         _check_choice(self, family=FAMILIES)
         _check_counts(self, layers=1, experts=2, top_k=1, hidden=2, heads=1, kv_heads=1, head_dim=2, ffn=1)
-        _check_counts(self, shared_ffn=0, vocab=4)
+        _check_counts(self, shared_ffn=0, vocab=4, dense_ffn=0)
         _check_flags(self, "norm_topk_prob", "tied")
         _check_reals(self, skew=(0, 100), aux_loss=(0, 100), z_loss=(0, 100))
         _require(self.top_k <= self.experts, f"top_k={self.top_k} exceeds experts={self.experts}")
@@ -161,6 +211,25 @@ class MoEModel:
             self.norm_topk_prob or self.family != "mixtral",
             "family=mixtral always normalises its gates: norm_topk_prob must be True and top_k >= 2",
         )
+        self._check_dense()
+
+    def _check_dense(self) -> None:
+        listed = isinstance(self.dense, tuple) and all(type(i) is int and 0 <= i < self.layers for i in self.dense)
+        _require(
+            listed and list(self.dense) == sorted(set(self.dense)),
+            f"dense={self.dense!r} must be ascending indices of layers={self.layers}, from 0",
+        )
+        _require(len(self.dense) < self.layers, f"dense={self.dense} leaves none of layers={self.layers} with experts")
+        _require(
+            (self.dense_ffn > 0) == bool(self.dense),
+            f"dense_ffn={self.dense_ffn} with dense={self.dense}: dense layers need a width, and only they",
+        )
+        _require(self.family != "mixtral" or not self.dense, f"family=mixtral has no dense layers, got {self.dense}")
+
+    @property
+    def moe(self) -> tuple[int, ...]:
+        """The layers with experts."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.dense)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,36 +292,73 @@ class PPO:
 
 @dataclass(frozen=True, kw_only=True)
 class Switches:
-    """Options of megatron-core that must not matter, or only to rounding; weights are always loaded."""
+    """Options of megatron-core that must not matter, or only to rounding; weights are always loaded.
+
+    `p2p` is how stages talk to each other (PIPES), `deallocate` deallocate_pipeline_outputs, `group` the micro-batches
+    that the interleaved schedule takes at a time (microbatch_group_size_per_vp_stage), 0 for as many as stages.
+    """
 
     dispatcher: str = "alltoall"
     perform_initialization: bool = True
+    p2p: str = "batched"
+    deallocate: bool = False
+    group: int = 0
 
     def __post_init__(self) -> None:
-        _check_choice(self, dispatcher=DISPATCHERS)
-        _check_flags(self, "perform_initialization")
+        _check_choice(self, dispatcher=DISPATCHERS, p2p=PIPES)
+        _check_counts(self, group=0)
+        _check_flags(self, "perform_initialization", "deallocate")
 
 
-def check_together(layout: Layout, model: MoEModel, batch: Batch, ppo: PPO) -> None:
+def check_together(layout: Layout, model: MoEModel, batch: Batch, ppo: PPO, switches: Switches) -> None:
     """Raise ValueError, with every number involved, where the values do not fit one another."""
     splits = {
         "heads": (model.heads, "tp", layout.tp),
-        "kv_heads": (model.kv_heads, "tp", layout.tp),
         "vocab": (model.vocab, "tp", layout.tp),
         "shared_ffn": (model.shared_ffn, "tp", layout.tp),
         "ffn": (model.ffn, "etp", layout.etp),
         "experts": (model.experts, "ep", layout.ep),
-        "layers": (model.layers, "pp*vpp", layout.pp * layout.vpp),
+        "dense_ffn": (model.dense_ffn, "tp", layout.tp),
     }
+    # linear_qkv is cut equally over TP, through a query group where there are fewer than TP ranks.
+    splits["(heads + 2*kv_heads)*head_dim"] = ((model.heads + 2 * model.kv_heads) * model.head_dim, "tp", layout.tp)
     for name, (size, axis, degree) in splits.items():
         _require(size % degree == 0, f"{name}={size} is not a multiple of {axis}={degree}")
+    _require(
+        model.kv_heads % layout.tp == 0 or layout.tp % model.kv_heads == 0,
+        f"kv_heads={model.kv_heads} is neither a multiple nor a divisor of tp={layout.tp}",
+    )
     cut = ppo.mini_batches * layout.dp * batch.micro_rows
     _require(
         batch.rows % cut == 0,
         f"rows={batch.rows} is not a multiple of mini_batches*dp*micro_rows="
         f"{ppo.mini_batches}*{layout.dp}*{batch.micro_rows}={cut}",
     )
+    _check_stages(layout, model)
+    _check_schedule(layout, switches, batch.rows // cut)
     _check_products({**vars(model), **vars(batch), "width": batch.prompt + batch.response})
+
+
+def _check_stages(layout: Layout, model: MoEModel) -> None:
+    number = layout.pp * layout.vpp
+    if layout.stages:
+        total, said = sum(layout.stages), f"layers={model.layers} are not the sum of stages={layout.stages}"
+        _require(total == model.layers, f"{said}, {total}")
+    else:
+        _require(model.layers % number == 0, f"layers={model.layers} is not a multiple of pp*vpp={number}")
+
+
+def _check_schedule(layout: Layout, switches: Switches, micro_batches: int) -> None:
+    """What the interleaved schedule of virtual stages asks for, and what it alone can do."""
+    pp, group = layout.pp, switches.group or layout.pp
+    overlaps = switches.p2p in ("overlapped", "flushed")
+    if layout.vpp == 1:
+        said = f"p2p={switches.p2p!r}, group={switches.group} need virtual stages, but vpp=1"
+        return _require(not overlaps and not switches.group, said)
+    said = f"{micro_batches} micro-batches per mini-batch and DP rank, vpp={layout.vpp}, group={group}, pp={pp}"
+    _require(pp <= group <= micro_batches, f"{said}: the group must lie between pp and the number of micro-batches")
+    rest = micro_batches % group
+    _require(rest == 0 or rest >= pp, f"{said}: the last group has {rest}, and must have none or at least pp")
 
 
 def _check_products(sizes: dict[str, int]) -> None:

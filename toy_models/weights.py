@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 
 from toy_models.batching import uniform
-from toy_models.coordinates import coordinates
+from toy_models.coordinates import coordinates, is_first, is_last, layers_on
 from toy_models.spec import Layout, MoEModel
 
 ROLES = ("actor", "critic", "reference", "reward")
@@ -40,10 +40,12 @@ def _mlp_shapes(model: MoEModel, width: int) -> dict[str, Shape]:
     return {"gate_proj.weight": up, "up_proj.weight": up, "down_proj.weight": down}
 
 
-def _layer_shapes(model: MoEModel) -> dict[str, Shape]:
+def _layer_shapes(model: MoEModel, layer: int) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {"input_layernorm.weight": (model.hidden,)}
     shapes |= {"post_attention_layernorm.weight": (model.hidden,)}
     shapes |= {f"self_attn.{name}": shape for name, shape in _attention_shapes(model).items()}
+    if layer in model.dense:
+        return shapes | {f"mlp.{k}": v for k, v in _mlp_shapes(model, model.dense_ffn).items()}
     shapes |= {"mlp.gate.weight": (model.experts, model.hidden)}
     for expert in range(model.experts):
         shapes |= {f"mlp.experts.{expert}.{k}": v for k, v in _mlp_shapes(model, model.ffn).items()}
@@ -58,7 +60,7 @@ def shapes(model: MoEModel, role: str) -> Mapping[str, Shape]:
     """Every canonical tensor of a role's model: name -> full shape."""
     table: dict[str, Shape] = {"model.embed_tokens.weight": (model.vocab, model.hidden)}
     for layer in range(model.layers):
-        table |= {f"model.layers.{layer}.{k}": v for k, v in _layer_shapes(model).items()}
+        table |= {f"model.layers.{layer}.{k}": v for k, v in _layer_shapes(model, layer).items()}
     table["model.norm.weight"] = (model.hidden,)
     if not has_token_head(role):
         table["score.weight"] = (1, model.hidden)
@@ -90,15 +92,39 @@ def canonical(model: MoEModel, role: str, seed: int) -> Mapping[str, torch.Tenso
 
 
 ROW_PARALLEL = ("o_proj.weight", "down_proj.weight")  # cut along the input, axis 1
-COLUMN_PARALLEL = (
-    "embed_tokens.weight", "lm_head.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight", "q_proj.bias",
-    "k_proj.bias", "v_proj.bias", "gate_proj.weight", "up_proj.weight",
-)  # fmt: skip  # cut along the output, axis 0
+COLUMN_PARALLEL = ("embed_tokens.weight", "lm_head.weight", "gate_proj.weight", "up_proj.weight")  # along axis 0
+FIRST, LAST = ("model.embed_tokens.weight",), ("model.norm.weight", "score.weight", "lm_head.weight")
 
 
 def expert_of(name: str) -> int | None:
     """The index of the routed expert that a canonical tensor belongs to, or None."""
     return int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else None
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the layer that a canonical tensor belongs to, or None."""
+    return int(name.split(".layers.")[1].split(".")[0]) if ".layers." in name else None
+
+
+def packed_rows(model: MoEModel) -> list[tuple[str, int]]:
+    """What stands in each row of megatron's linear_qkv: q, k or v, and the row of its canonical tensor.
+
+    Per query group: its query heads, then one key head, then one value head.
+    """
+    size, per_group, rows = model.head_dim, model.heads // model.kv_heads, []
+    for group in range(model.kv_heads):
+        rows += [("q", group * per_group * size + i) for i in range(per_group * size)]
+        rows += [(x, group * size + i) for x in "kv" for i in range(size)]
+    return rows
+
+
+@cache
+def qkv_shard(model: MoEModel, tp: int, tp_rank: int) -> Mapping[str, slice]:
+    """The rows of q, k and v that a TP rank holds: linear_qkv is cut equally, through a query group if need be."""
+    packed = packed_rows(model)
+    mine = packed[len(packed) * tp_rank // tp : len(packed) * (tp_rank + 1) // tp]
+    rows = {x: [row for kind, row in mine if kind == x] for x in "qkv"}
+    return {x: slice(min(found), max(found) + 1) for x, found in rows.items() if found}
 
 
 def _cut(name: str, shape: Shape, part: int, parts: int) -> Slices:
@@ -110,20 +136,38 @@ def _cut(name: str, shape: Shape, part: int, parts: int) -> Slices:
     return tuple(mine if i == axis else slice(0, size) for i, size in enumerate(shape))
 
 
+def _on_stage(model: MoEModel, layout: Layout, rank: int, name: str) -> bool:
+    """Whether a tensor lives on the pipeline stages of a rank; a tied embedding lives on the last one too."""
+    layer = layer_of(name)
+    if layer is not None:
+        return layer in layers_on(layout, model.layers, rank)
+    if name in LAST:
+        return is_last(layout, rank)
+    return is_first(layout, rank)
+
+
+def _slices(model: MoEModel, layout: Layout, rank: int, name: str, shape: Shape) -> Slices | None:
+    """Which part of a tensor of its stage a rank holds; None where it is another rank's expert or has no such row."""
+    at, expert = coordinates(layout, rank), expert_of(name)
+    if ".self_attn." in name and name.split(".")[-2] in ("q_proj", "k_proj", "v_proj"):
+        rows = qkv_shard(model, layout.tp, at.tp).get(name.split(".")[-2][0])
+        return None if rows is None else (rows, *(slice(0, size) for size in shape[1:]))
+    if expert is None:
+        return _cut(name, shape, at.tp, layout.tp)
+    return _cut(name, shape, at.etp, layout.etp) if expert // (model.experts // layout.ep) == at.ep else None
+
+
 @cache
 def held(model: MoEModel, layout: Layout, role: str, rank: int) -> Mapping[str, Slices]:
     """The shard map: canonical name -> slice of the full tensor, for every tensor of which `rank` has a part.
 
     Ranks whose slices of one name are equal are replicas of each other.
     """
-    at, local = coordinates(layout, rank), model.experts // layout.ep
-    table = {}
+    tied, table = model.tied and has_token_head(role), {}
     for name, shape in shapes(model, role).items():
-        expert = expert_of(name)
-        if expert is None:
-            table[name] = _cut(name, shape, at.tp, layout.tp)
-        elif expert // local == at.ep:
-            table[name] = _cut(name, shape, at.etp, layout.etp)
+        also = tied and name in FIRST and is_last(layout, rank)
+        if (also or _on_stage(model, layout, rank, name)) and (part := _slices(model, layout, rank, name, shape)):
+            table[name] = part
     return table
 
 

@@ -12,8 +12,10 @@ from fuzz.laws import advantages, dispatch, forward, liveness, state, twins, upd
 Law = Callable[[Case, Sequence[Observation], Observation], int]
 
 LAWS: tuple[Law, ...] = (
-    state.everything_asked_for_is_done,
     state.ranks_sit_where_the_order_says,
+    state.every_group_is_what_the_order_says,
+    state.every_layer_is_there_once,
+    state.everything_asked_for_is_done,
     state.forward_passes_change_nothing,
     dispatch.routing_is_valid,
     dispatch.send_splits_equal_receive_splits,

@@ -11,8 +11,8 @@ import torch
 
 from fuzz.case import Case, Observation
 from toy_models import weights
-from toy_models.batching import partition, prompt_lengths
-from toy_models.coordinates import coordinates
+from toy_models.batching import chunk_positions, padded_width, partition, prompt_lengths
+from toy_models.coordinates import coordinates, is_last
 
 TRAINED = ("actor", "critic")
 STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
@@ -144,6 +144,20 @@ def rows_in(case: Case, rank: int, step: Step) -> list[int]:
     dp = coordinates(case.layout, rank).dp
     micro = partition(case.layout, case.batch, case.ppo).micro[step.mini_batch][dp]
     return [row for rows in micro for row in rows]
+
+
+def seers(case: Case, ranks: Sequence[Observation]) -> list[Observation]:
+    """The ranks of the last pipeline stage, which alone see logits and losses."""
+    return [rank for rank in ranks if is_last(case.layout, rank.rank)]
+
+
+def trained(case: Case, rank: int, rows: Sequence[int]) -> torch.Tensor:
+    """Whether each response token of these rows [rows, response] is predicted from a position of the rank's own."""
+    width, cp = padded_width(case.layout, case.batch), case.layout.cp
+    own = torch.zeros(width, dtype=torch.bool)
+    own[chunk_positions(width, cp, coordinates(case.layout, rank).cp)] = True
+    starts = torch.tensor(prompt_lengths(case.batch, case.seed))[list(rows), None]
+    return own[(starts + torch.arange(case.batch.response) - 1).clamp(max=width - 1)]
 
 
 def bound_of(reference: Observation, key: str, base: float, scale: float) -> float:

@@ -11,11 +11,13 @@ import torch
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import BOUNDS, Finding, certain_iterations, compare, iterations
 from toy_models import weights
-from toy_models.coordinates import coordinates
+from toy_models.coordinates import coordinates, layers_on
 
 
-def _layers(case: Case) -> list[str]:
-    return [f"{i}/dispatch/{layer}" for i in iterations(case) for layer in range(case.model.layers)]
+def _layers(case: Case, rank: int) -> list[str]:
+    """The ledgers of a rank: of each iteration and each layer with experts on its stages."""
+    here = [layer for layer in layers_on(case.layout, case.model.layers, rank) if layer in case.model.moe]
+    return [f"{i}/dispatch/{layer}" for i in iterations(case) for layer in here]
 
 
 def _peers(case: Case, rank: int) -> list[int]:
@@ -63,22 +65,19 @@ def _miscarried(case: Case, ranks: Sequence[Observation], rank: Observation, key
 
 def every_copy_is_delivered_once(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
     """Every routed copy (token, expert) arrives exactly once on each ETP rank of the EP rank that hosts the expert."""
-    for key in _layers(case):
-        for rank in ranks:
+    for rank in ranks:
+        for key in _layers(case, rank.rank):
             found = _miscarried(case, ranks, rank, key)
             if found:
                 raise Violation(case, "every copy is delivered once", *found)
-    return sum(len(rank.tensors[f"{key}/arrived"]) for key in _layers(case) for rank in ranks)
+    return sum(len(rank.tensors[f"{key}/arrived"]) for rank in ranks for key in _layers(case, rank.rank))
 
 
-def _unequal_splits(case: Case, ranks: Sequence[Observation], key: str) -> Finding | None:
-    for sender in ranks:
-        at = coordinates(case.layout, sender.rank)
-        for receiver in ranks:
-            to = coordinates(case.layout, receiver.rank)
-            sent, got = sender.facts[f"{key}/splits"]["input"], receiver.facts[f"{key}/splits"]["output"]
-            if (at.edp, at.pp, at.etp) != (to.edp, to.pp, to.etp) or sent is None or sent[to.ep] == got[at.ep]:
-                continue
+def _unequal_splits(case: Case, ranks: Sequence[Observation], sender: Observation, key: str) -> Finding | None:
+    at, sent = coordinates(case.layout, sender.rank), sender.facts[f"{key}/splits"]["input"]
+    for receiver in (ranks[peer] for peer in _peers(case, sender.rank)) if sent else ():
+        to, got = coordinates(case.layout, receiver.rank), receiver.facts[f"{key}/splits"]["output"]
+        if at.etp == to.etp and sent[to.ep] != got[at.ep]:
             where = f"{key}, rank {sender.rank} to rank {receiver.rank}"
             return Finding(where, f"{sent[to.ep]} sent", f"{got[at.ep]} expected there", "split sizes disagree")
     return None
@@ -86,12 +85,12 @@ def _unequal_splits(case: Case, ranks: Sequence[Observation], key: str) -> Findi
 
 def send_splits_equal_receive_splits(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
     """What rank i says it sends to rank j in the all-to-all is what j says it receives from i, pair by pair."""
-    for key in _layers(case):
-        found = _unequal_splits(case, ranks, key)
+    ledgers = [(rank, key) for rank in ranks for key in _layers(case, rank.rank)]
+    for rank, key in ledgers:
+        found = _unequal_splits(case, ranks, rank, key)
         if found:
             raise Violation(case, "send splits equal receive splits", *found)
-    first = ranks[0].facts[f"{_layers(case)[0]}/splits"]["input"]
-    return 0 if first is None else len(_layers(case))
+    return sum(rank.facts[f"{key}/splits"]["input"] is not None for rank, key in ledgers)
 
 
 def combine_of_dispatch_is_the_sum_of_probabilities(
@@ -99,15 +98,15 @@ def combine_of_dispatch_is_the_sum_of_probabilities(
 ) -> int:
     """With experts e(x, p) = p·x/ETP, combine(dispatch(x)) = x times the sum of the token's kept probabilities."""
     bound = BOUNDS[case.precision]["forward"]
-    for key in _layers(case):
-        for rank in ranks:
-            seen = rank.tensors
-            due = seen[f"{key}/sent"].double() * seen[f"{key}/probs"].double().sum(1, keepdim=True)
-            scale = float(due.abs().max())
-            found = compare(f"{key}/combined", rank.rank, seen[f"{key}/combined"], due, scale, bound)
-            if found:
-                raise Violation(case, "combine of dispatch is the sum of probabilities", *found)
-    return len(_layers(case)) * len(ranks)
+    ledgers = [(rank, key) for rank in ranks for key in _layers(case, rank.rank)]
+    for rank, key in ledgers:
+        seen = rank.tensors
+        due = seen[f"{key}/sent"].double() * seen[f"{key}/probs"].double().sum(1, keepdim=True)
+        scale = float(due.abs().max())
+        found = compare(f"{key}/combined", rank.rank, seen[f"{key}/combined"], due, scale, bound)
+        if found:
+            raise Violation(case, "combine of dispatch is the sum of probabilities", *found)
+    return len(ledgers)
 
 
 def _formula(case: Case, hidden: torch.Tensor, router: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,10 +148,10 @@ def routing_is_valid(case: Case, ranks: Sequence[Observation], reference: Observ
     for i in certain_iterations(case, reference):
         if i > 0:
             break  # later iterations route with updated weights, judged against the reference
-        for layer in range(case.model.layers):
+        for layer in case.model.moe:
             router = weight[f"model.layers.{layer}.mlp.gate.weight"]
             router = router if case.precision == "float64" else router.float().double()
-            for rank in ranks:
+            for rank in (r for r in ranks if layer in layers_on(case.layout, case.model.layers, r.rank)):
                 found = _misrouted(case, rank, f"{i}/route/{layer}", router)
                 if found:
                     raise Violation(case, "routing is valid", *found)

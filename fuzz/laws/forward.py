@@ -13,19 +13,22 @@ from fuzz.laws.compare import (
     compare,
     rows_in,
     rows_of,
+    seers,
     steps,
+    trained,
 )
+from toy_models.batching import chunk_positions, padded_width
 from toy_models.coordinates import coordinates
 
 
 def _cut(case: Case, rank: int, name: str, truth: torch.Tensor) -> torch.Tensor:
-    """The rows, and for logits the vocabulary shard, of a rank."""
+    """The rows, and for logits the positions and the vocabulary shard, of a rank."""
     rows = truth[rows_of(case, rank)]
     if name != "logits":
         return rows
-    width = case.model.vocab // case.layout.tp
-    first = coordinates(case.layout, rank).tp * width
-    return rows[..., first : first + width]
+    width, at = case.model.vocab // case.layout.tp, coordinates(case.layout, rank)
+    own = chunk_positions(padded_width(case.layout, case.batch), case.layout.cp, at.cp)
+    return rows[:, own, at.tp * width : (at.tp + 1) * width]
 
 
 def _compare_rows(
@@ -38,7 +41,7 @@ def _compare_rows(
         # A log-prob is a difference of logits: its rounding is theirs, however near it is to zero.
         scale = max(float(truth.abs().max()), 1.0 if "logp" in name else 0.0)
         bound = bound_of(reference, key, base, scale)
-        for rank in ranks:
+        for rank in seers(case, ranks) if name == "logits" else ranks:
             found = compare(key, rank.rank, rank.tensors[key], _cut(case, rank.rank, name, truth), scale, bound)
             if found:
                 return found
@@ -94,9 +97,9 @@ def values_and_scores_match_the_reference(case: Case, ranks: Sequence[Observatio
 
 def _unlike_first(case: Case, ranks: Sequence[Observation], i: int) -> Finding | None:
     step = next(step for step in steps(case) if step.iteration == i)
-    for rank in ranks:
-        held = rows_of(case, rank.rank)
-        old = rank.tensors[f"{i}/old_logp"][[held.index(row) for row in rows_in(case, rank.rank, step)]]
+    for rank in seers(case, ranks):
+        held, rows = rows_of(case, rank.rank), rows_in(case, rank.rank, step)
+        old = rank.tensors[f"{i}/old_logp"][[held.index(row) for row in rows]] * trained(case, rank.rank, rows)
         new = rank.tensors[f"{step.key}/logp"]
         found = compare(f"{step.key}/logp - old_logp", rank.rank, new - old, torch.zeros_like(old), 1.0, _one(case))
         if found:

@@ -8,16 +8,18 @@ import torch
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import STATES, TRAINED, Finding, iterations, steps, updated
 from toy_models import weights
-from toy_models.coordinates import coordinates
+from toy_models.coordinates import chunks, coordinates, is_last
+from toy_models.coordinates import groups as expected_groups
 
 
 def _due(case: Case, rank: int, reference: Observation) -> list[str]:
-    """The keys that a rank must have observed: those of the reference, less the experts that it does not hold."""
+    """The keys that a rank must have observed: those of the reference, less what other ranks hold or see."""
     due = []
     for key in reference.tensors:
         parts = key.split("/")
         held = len(parts) < 5 or parts[4] in weights.held(case.model, case.layout, parts[2], rank)
-        if held and "margin" not in parts:
+        seen = parts[-1] not in ("logits", "logp") or is_last(case.layout, rank)
+        if held and seen and "margin" not in parts:
             due.append(key)
     return due
 
@@ -121,10 +123,53 @@ def reference_and_reward_models_never_change(case: Case, ranks: Sequence[Observa
 
 
 def ranks_sit_where_the_order_says(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
-    """Megatron's coordinates of every rank equal an independent formula of the order tp-cp-ep-dp-pp."""
+    """Megatron's coordinates of every rank equal an independent formula of the order of the axes."""
     for rank in ranks:
         due, there = coordinates(case.layout, rank.rank)._asdict(), rank.facts["coordinates"]
         if due != there:
             finding = Finding(f"rank {rank.rank}", str(due), str(there), "megatron places the rank elsewhere")
             raise Violation(case, "ranks sit where the order says", *finding)
     return len(ranks)
+
+
+def _misgrouped(case: Case, rank: Observation) -> Finding | None:
+    for kind, there in rank.facts["groups"].items():
+        due = next((group for group in expected_groups(case.layout, kind) if rank.rank in group), None)
+        if due != there:
+            said = f"rank {rank.rank} is in another {kind} group than the order {case.layout.order} says"
+            return Finding(f"rank {rank.rank}, {kind} group", str(due), str(there), said)
+    meet = set(rank.facts["groups"]["etp"]) & set(rank.facts["groups"]["ep"])
+    if meet != {rank.rank}:
+        said = f"the ETP and EP groups of rank {rank.rank} do not meet in it alone"
+        return Finding(f"rank {rank.rank}", f"{{{rank.rank}}}", str(sorted(meet)), said)
+    return None
+
+
+def every_group_is_what_the_order_says(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """Every process group has the ranks, in order, that agree on all other axes: a partition of the world."""
+    for rank in ranks:
+        found = _misgrouped(case, rank)
+        if found:
+            raise Violation(case, "every group is what the order says", *found)
+    return len(ranks) if len(ranks) > 1 else 0
+
+
+def _misnumbered(case: Case, rank: Observation, role: str) -> Finding | None:
+    """Of each virtual stage the numbers, from 1, and kinds of its layers."""
+    places = chunks(case.layout, case.model.layers, rank.rank)
+    due = [[(layer + 1, layer in case.model.moe) for layer in chunk] for chunk in places]
+    there = [[tuple(layer) for layer in chunk] for chunk in rank.facts[f"layers/{role}"]]
+    if due == there:
+        return None
+    said = f"the layers of the {role} on rank {rank.rank}, as (number, has experts) per virtual stage, are others"
+    return Finding(f"rank {rank.rank}, {role}", str(due), str(there), said)
+
+
+def every_layer_is_there_once(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """Over all pipeline and virtual stages the layers are numbered 1..L, each once, and have experts where asked."""
+    for rank in ranks:
+        for role in weights.ROLES:
+            found = _misnumbered(case, rank, role)
+            if found:
+                raise Violation(case, "every layer is there once", *found)
+    return len(ranks) if case.layout.pp > 1 or case.model.dense else 0

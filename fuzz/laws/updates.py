@@ -19,8 +19,10 @@ from fuzz.laws.compare import (
     compare,
     compare_pieces,
     rows_in,
+    seers,
     steps,
     summands,
+    trained,
 )
 from toy_models import weights
 
@@ -255,9 +257,9 @@ def later_mini_batches_move(case: Case, ranks: Sequence[Observation], reference:
             continue
         key, base = f"{step.key}/logp", _base(case, reference, step, "logp")
         truth = reference.tensors[key]
-        for rank in ranks:
-            order = [row for share in _order(case, step) for row in share]
-            due = truth[[order.index(row) for row in rows_in(case, rank.rank, step)]]
+        for rank in seers(case, ranks):
+            order, rows = [row for share in _order(case, step) for row in share], rows_in(case, rank.rank, step)
+            due = truth[[order.index(row) for row in rows]] * trained(case, rank.rank, rows)
             scale = max(1.0, float(truth.abs().max()))
             bound = bound_of(reference, key, base, scale)
             found = compare(key, rank.rank, rank.tensors[key], due, scale, bound)
