@@ -19,7 +19,8 @@ SCHEMA = 2
 # "part.field" -> the schema that added it; every other field is of schema 1
 SINCE = {
     **dict.fromkeys(("layout.order", "layout.split", "layout.stages", "model.dense", "model.dense_ffn"), 2),
-    **dict.fromkeys(("switches.p2p", "switches.deallocate", "switches.group"), 2),
+    **dict.fromkeys(("switches.p2p", "switches.deallocate", "switches.group", "switches.forward_sp"), 2),
+    **dict.fromkeys(("switches.decoder_input", "switches.padding_mask", "ppo.frozen"), 2),
 }
 TUPLES = ("layout.stages", "model.dense")  # fields that are lists of ints
 MOST_CHARACTERS = 100_000

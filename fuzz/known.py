@@ -53,6 +53,38 @@ KNOWN = (
             switches=Switches(perform_initialization=False),
         ),
     ),
+    Known(
+        id="interleaved-two-stages",
+        upstream="docs/findings/interleaved-two-stages.md; Megatron-LM's training/arguments.py refuses it",
+        lives=("0.16.1",),
+        # Both neighbours are one rank: the two messages that it sends are taken for each other.
+        covers=lambda case: case.layout.pp == 2 and case.layout.vpp > 1 and case.switches.p2p == "batched",
+        law="ratio is one before the first step",
+        mend="toy_models.planted.mends:two_stages_meet_in_order",
+        example=Case(
+            layout=Layout(world=2, pp=2, vpp=2), model=MoEModel(layers=4), batch=Batch(rows=4, prompt=2, response=2)
+        ),
+    ),
+    Known(
+        id="padding-mask-of-later-stages",
+        upstream="NVIDIA/Megatron-LM#5563",
+        lives=("0.16.1",),
+        # Only the embedding's branch cuts the mask over TP; balance losses alone look at it.
+        covers=lambda case: (
+            case.switches.padding_mask != "none"
+            and case.layout.tp > 1
+            and (case.layout.pp > 1 or case.switches.decoder_input)
+            and bool(case.model.aux_loss or case.model.z_loss)
+        ),
+        law="every rank finishes",
+        mend="toy_models.planted.mends:padding_mask_scattered_on_every_stage",
+        example=Case(
+            layout=Layout(world=2, tp=2),
+            model=MoEModel(heads=2, kv_heads=2, aux_loss=1.0),
+            switches=Switches(padding_mask="all_false", decoder_input=True),
+            batch=Batch(prompt=3),
+        ),
+    ),
 )
 
 

@@ -94,6 +94,12 @@ def _switched(draw: Draw, busy: int, name: str) -> Any:
     return value if active else off
 
 
+def _rarely(draw: Draw, busy: int, name: str) -> Any:
+    """As `_switched`, for what takes much away from what the laws judge."""
+    often, value = draw(st.integers(0, 2)), _switched(draw, busy, name)
+    return value if often == 2 else VALUES[name][0]
+
+
 def _any(draw: Draw, name: str) -> Any:
     return draw(st.sampled_from(VALUES[name]))
 
@@ -216,7 +222,16 @@ def _switches(draw: Draw, busy: int, layout: Layout, shape: dict[str, int], disp
         pairs = schedules(layout.pp)
         shape["micro_batches"], size = pairs[schedule % len(pairs)]
         group = size if size > layout.pp else 0
-    return Switches(dispatcher=chosen, perform_initialization=initialized, p2p=p2p, deallocate=deallocate, group=group)
+    return Switches(
+        dispatcher=chosen,
+        perform_initialization=initialized,
+        p2p=p2p,
+        deallocate=deallocate,
+        group=group,
+        forward_sp=not _option(draw, busy),
+        decoder_input=_option(draw, busy),
+        padding_mask=_switched(draw, busy, "padding_mask"),
+    )
 
 
 def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family: str | None) -> MoEModel:
@@ -292,4 +307,5 @@ def _ppo(draw: Draw, busy: int, shape: dict[str, int], precision: str) -> PPO:
         momentum=momentum if optimizer == "sgd" else 0.0,
         eps=draw(st.sampled_from(EPSILONS[precision])),
         max_norm=draw(st.sampled_from((*VALUES["max_norm"], 0.0))),
+        frozen=_rarely(draw, busy, "frozen"),
     )

@@ -146,7 +146,8 @@ def _reference_key(case: Case) -> tuple:
     key = (case.model, case.batch, case.ppo, case.program, case.precision, case.seed)
     if not (case.model.aux_loss or case.model.z_loss):
         return key
-    return (*key, partition(case.layout, case.batch, case.ppo), padded_width(case.layout, case.batch))
+    shards = (case.layout.tp, case.layout.cp) if case.switches.padding_mask == "padding" else None
+    return (*key, partition(case.layout, case.batch, case.ppo), padded_width(case.layout, case.batch), shards)
 
 
 def _seconds(ranks: Sequence[Observation], reference: Observation) -> dict[str, float]:

@@ -29,6 +29,7 @@ from toy_models.coordinates import chunks, coordinates, is_first, is_last
 from toy_models.megatron_names import Shard
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
+TRAINED = ("actor", "critic")
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -119,7 +120,9 @@ def _pipeline(layout: Layout) -> dict[str, Any]:
     return options
 
 
-def transformer_config(model: MoEModel, layout: Layout, switches: Switches, precision: str) -> TransformerConfig:
+def transformer_config(
+    model: MoEModel, layout: Layout, switches: Switches, precision: str, role: str = "actor"
+) -> TransformerConfig:
     """A TransformerConfig of its own for each model: schedules hang functions on it."""
     config = TransformerConfig(
         **_options(model),
@@ -129,7 +132,7 @@ def transformer_config(model: MoEModel, layout: Layout, switches: Switches, prec
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
-        sequence_parallel=layout.tp > 1,
+        sequence_parallel=layout.tp > 1 and (switches.forward_sp or role in TRAINED),
         moe_token_dispatcher_type=switches.dispatcher,
         perform_initialization=switches.perform_initialization,
         batch_p2p_comm=switches.p2p == "batched",
@@ -141,9 +144,6 @@ def transformer_config(model: MoEModel, layout: Layout, switches: Switches, prec
         pipeline_dtype=DTYPES[precision],
     )
     config.finalize_model_grads_func = finalize_model_grads
-    if precision == "float64":
-        # Megatron scales balance losses by a float32 1/num_microbatches, 3e-8 off for 3; a scale in float64 is exact.
-        config.grad_scale_func = lambda loss: loss.double()
     return config
 
 
@@ -199,6 +199,7 @@ class Role:
     layout: Layout
     rank: int
     chunks: list[torch.nn.Module]
+    switches: Switches
     optimizer: MegatronOptimizer | None = None
     scheduler: OptimizerParamScheduler | None = None
 
@@ -250,7 +251,7 @@ class Role:
         if kind == "weight":
             return parameter
         if kind == "grad":
-            return parameter.main_grad  # type: ignore[attr-defined,no-any-return]
+            return parameter.main_grad if parameter.requires_grad else None  # type: ignore[attr-defined,no-any-return]
         assert self.optimizer
         for inner in self.optimizer.chained_optimizers:
             if parameter in inner.optimizer.state:
@@ -303,12 +304,12 @@ def _scheduler(optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
 
 def make_role(case: Any, name: str) -> Role:
     """Build, load and, for actor and critic, wrap in DDP with an optimizer; `case` has the parts of `spec`."""
-    config = transformer_config(case.model, case.layout, case.switches, case.precision)
+    config = transformer_config(case.model, case.layout, case.switches, case.precision, name)
     stages = range(case.layout.vpp)
     gpts = [build(case.model, name, config, case.batch, case.layout, stage) for stage in stages]
-    role = Role(name, case.model, case.layout, torch.distributed.get_rank(), gpts)
+    role = Role(name, case.model, case.layout, torch.distributed.get_rank(), gpts, case.switches)
     load(role, weights.canonical(case.model, name, case.seed))
-    if name in ("actor", "critic"):
+    if name in TRAINED:
         _learns(role, config, case.ppo, case.precision)
     else:
         for gpt in gpts:
@@ -318,6 +319,9 @@ def make_role(case: Any, name: str) -> Role:
 
 def _learns(role: Role, config: TransformerConfig, ppo: PPO, precision: str) -> None:
     """Wrap the chunks in DDP, as megatron's training does: buckets for the first chunk only."""
+    for of, name, parameter in role.parameters():
+        pieces = role.unpack(of, name, parameter.detach())
+        parameter.requires_grad_(not all(weights.is_frozen(ppo.frozen, piece) for piece in pieces))
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
     role.chunks = [
         DistributedDataParallel(config, ddp, gpt, disable_bucketing=stage > 0) for stage, gpt in enumerate(role.chunks)

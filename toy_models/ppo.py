@@ -72,12 +72,25 @@ class Experience:
 # ---- forward passes -------------------------------------------------------------------------------------------
 
 
-def _step(batches: Any, module: torch.nn.Module, read: Callable) -> tuple[torch.Tensor, Callable]:
+def _step(batches: Any, module: torch.nn.Module, read: Callable, role: Role) -> tuple[torch.Tensor, Callable]:
     """megatron's forward_step_func: next micro-batch through a model chunk, and how to read the last one's output."""
     batch: Rollout = next(batches)
     positions_RW = torch.arange(batch.tokens_RW.shape[1]).expand_as(batch.tokens_RW)
-    own = get_batch_on_this_cp_rank({"tokens": batch.tokens_RW, "positions": positions_RW})
-    return module(own["tokens"], own["positions"], None), partial(read, batch)
+    inputs = {"input_ids": batch.tokens_RW, "position_ids": positions_RW, "padding_mask": _padding(batch, role)}
+    own = get_batch_on_this_cp_rank(inputs)
+    gpt = module.module if role.optimizer else module
+    if role.switches.decoder_input and role.optimizer and gpt.pre_process:  # type: ignore[union-attr]
+        own["decoder_input"] = gpt.embedding(own["input_ids"], own["position_ids"])  # type: ignore[union-attr,operator]
+    return module(attention_mask=None, **own), partial(read, batch)
+
+
+def _padding(batch: Rollout, role: Role) -> torch.Tensor | None:
+    """True where a row has ended [R, W], as GPTModel asks for; or nowhere; or None."""
+    ends_R1 = (batch.prompts_R + batch.responses_R)[:, None]
+    marked = {"padding": torch.arange(batch.tokens_RW.shape[1]) >= ends_R1, "all_false": ends_R1 < 0}
+    return (
+        marked[role.switches.padding_mask].expand_as(batch.tokens_RW) if role.switches.padding_mask in marked else None
+    )
 
 
 def _schedule(role: Role, batches: Sequence[Rollout], read: Callable, *, forward_only: bool) -> list[Any]:
@@ -85,7 +98,7 @@ def _schedule(role: Role, batches: Sequence[Rollout], read: Callable, *, forward
     schedule = get_forward_backward_func()
     iterators = [iter(batches) for _ in role.chunks]
     return schedule(  # type: ignore[no-any-return]
-        forward_step_func=partial(_step, read=read),
+        forward_step_func=partial(_step, read=read, role=role),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=role.chunks if len(iterators) > 1 else role.chunks[0],
         num_microbatches=len(batches),

@@ -4,9 +4,10 @@ transformers and megatron-core upcast norms, router, softmax and cross-entropy "
 the digits of a float64 model. Only operations on float64 tensors are touched, and only those that name
 float32; all others cost one Python call more. Knows neither library.
 
-As `.float()` on a float32 tensor does, a conversion left out returns the tensor itself, not a copy. Not
-covered: tensors made in float32 from Python numbers (`torch.tensor(x, dtype=torch.float32)`) and functions
-that somebody imported by value before.
+As `.float()` on a float32 tensor does, a conversion left out returns the tensor itself, not a copy. What has no
+dtype of its own (a quotient of counts, a tensor made from Python numbers) is float64 meanwhile. Not covered:
+tensors made in float32 by name (`torch.tensor(x, dtype=torch.float32)`) and functions that somebody imported by
+value before.
 """
 
 import functools
@@ -77,8 +78,11 @@ def _restore(before: list[tuple[Any, str, Any]]) -> None:
 @contextmanager
 def keep_float64(active: bool = True) -> Iterator[None]:
     """While open, and if `active`, code that upcasts "to float32" leaves float64 tensors float64."""
-    before = _patch() if active else []
+    before, default = _patch() if active else [], torch.get_default_dtype()
+    if active:
+        torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
+        torch.set_default_dtype(default)
         _restore(before)

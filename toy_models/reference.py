@@ -20,7 +20,7 @@ from toy_models.precision import keep_float64
 from toy_models.reference_model import Pass, forward, initial, routing_gap, tokens_per_expert
 from toy_models.reference_rollout import Responses, forced_responses, rollout, sampling_margin
 from toy_models.reference_update import Trained
-from toy_models.weights import ROLES
+from toy_models.weights import ROLES, is_frozen
 
 
 @dataclass
@@ -161,10 +161,11 @@ def _update(now: Run, iteration: int, experience: Experience) -> None:
 
 def _forward_mini_batch(now: Run, leaves: Tensors, of: Responses, micro_batches: list[tuple[int, ...]]) -> list[Pass]:
     """One pass per micro-batch; one for all together where no balance loss could tell the difference."""
-    model = now.case.model
+    model, masked = now.case.model, now.case.switches.padding_mask == "padding"
     if not model.aux_loss and not model.z_loss:
         micro_batches = [tuple(row for micro in micro_batches for row in micro)]
-    return [forward(model, leaves, of.sequences[list(micro)]) for micro in micro_batches]
+    passes = [(list(micro), forward(model, leaves, of.sequences[list(micro)])) for micro in micro_batches]
+    return [one._replace(padding=of.padding[rows]) if masked else one for rows, one in passes]
 
 
 def _optimizer_step(now: Run, key: str, experience: Experience, micro_batches: list[tuple[int, ...]]) -> None:
@@ -175,7 +176,7 @@ def _optimizer_step(now: Run, key: str, experience: Experience, micro_batches: l
         leaves = {name: w.detach().requires_grad_() for name, w in model.weights.items()}
         passes = _forward_mini_batch(now, leaves, experience.responses, micro_batches)
         loss, gap = losses(now, key, experience, rows, torch.cat([one.output for one in passes]))
-        grads = update.gradients(loss + update.balance_loss(now.case.model, passes), leaves)
+        grads = update.gradients(loss + update.balance_loss(now.case.model, now.case.layout, passes), leaves)
         gaps += [gap, routing_gap(now.case.model, *passes)]
         _apply(now, key, role, grads)
     now.numbers[f"{key}/margin"] = min(gaps)
@@ -226,6 +227,7 @@ def _critic_loss(
 def _apply(now: Run, key: str, role: str, grads: Tensors) -> None:
     """Clip, step and observe one model."""
     ppo, model = now.case.ppo, now.trained[role]
+    grads = {name: grad for name, grad in grads.items() if not is_frozen(ppo.frozen, name)}
     total = update.norm(grads.values())
     coefficient = update.clip_coefficient(ppo.max_norm, total)
     update.step(ppo, model, {name: grad * coefficient for name, grad in grads.items()})

@@ -32,6 +32,7 @@ class Pass(NamedTuple):
 
     output: torch.Tensor
     routing: tuple[Routing, ...]
+    padding: torch.Tensor | None = None  # True [B, W] where balance losses leave tokens out
 
 
 @lru_cache(maxsize=8)

@@ -34,6 +34,12 @@ class Responses:
         return [1 + max(row.nonzero().flatten().tolist()) for row in self.mask]
 
     @property
+    def padding(self) -> torch.Tensor:
+        """True [R, W] behind the last token of each row."""
+        ends = torch.tensor([p + n for p, n in zip(self.prompt_lengths, self.counts, strict=True)])
+        return torch.arange(self.sequences.shape[1]) >= ends[:, None]
+
+    @property
     def positions(self) -> torch.Tensor:
         """Sequence position of every response token [R, J]."""
         return torch.tensor(self.prompt_lengths)[:, None] + torch.arange(self.mask.shape[1])

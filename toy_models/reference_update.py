@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from toy_models.batching import chunk_positions
 from toy_models.families import Tensors
 from toy_models.reference_model import Pass, Routing
-from toy_models.spec import PPO, MoEModel
+from toy_models.spec import PPO, Layout, MoEModel
 
 
 @dataclass
@@ -47,27 +48,41 @@ def smallest(numbers: torch.Tensor) -> float:
     return numbers.min().item() if numbers.numel() else float("inf")
 
 
-def _aux_loss(model: MoEModel, routing: Routing) -> torch.Tensor:
-    """Load balancing over the tokens of one micro-batch and one layer."""
-    shares_NE = routing.logits.softmax(dim=-1)
+def _aux_loss(model: MoEModel, routing: Routing, valid_N: torch.Tensor) -> torch.Tensor:
+    """Load balancing over the valid tokens of one micro-batch and one layer."""
+    shares_NE, experts_NK = routing.logits.softmax(dim=-1)[valid_N], routing.experts[valid_N]
     num_tokens = shares_NE.shape[0]
     total = shares_NE.new_zeros(())
     for expert in range(model.experts):
-        count = int((routing.experts == expert).sum())
+        count = int((experts_NK == expert).sum())
         total = total + shares_NE[:, expert].sum() * count
     return total * model.experts / (model.top_k * num_tokens**2)
 
 
-def _z_loss(routing: Routing) -> torch.Tensor:
-    return (routing.logits.logsumexp(dim=-1) ** 2).mean()
+def _z_loss(routing: Routing, valid_N: torch.Tensor, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The mean over shards of positions of the mean over the valid tokens of each; 0 where a shard has none."""
+    squares_N = routing.logits.logsumexp(dim=-1) ** 2
+    parts = [squares_N[shard[valid_N[shard]]] for shard in shards]
+    return sum(part.sum() / max(1, part.numel()) for part in parts) / len(parts)  # type: ignore[return-value]
 
 
-def balance_loss(model: MoEModel, micro_batches: Sequence[Pass]) -> torch.Tensor:
+def _shards(layout: Layout, rows: int, width: int) -> list[torch.Tensor]:
+    """The tokens (indices into [rows * width]) that each rank of TP x CP holds, under sequence parallelism."""
+    held = [torch.tensor(chunk_positions(width, layout.cp, rank)).chunk(layout.tp) for rank in range(layout.cp)]
+    starts = torch.arange(rows)[:, None] * width
+    return [(starts + positions).flatten() for parts in held for positions in parts]
+
+
+def balance_loss(model: MoEModel, layout: Layout, micro_batches: Sequence[Pass]) -> torch.Tensor:
     """Mean over the micro-batches of the sum over the layers of both balance losses, with their factors."""
     total = micro_batches[0].output.new_zeros(())
     for one in micro_batches if model.aux_loss or model.z_loss else ():
+        rows, width = one.output.shape[:2]
+        valid_N = torch.ones(rows * width, dtype=torch.bool) if one.padding is None else ~one.padding.flatten()
+        shards = _shards(layout, rows, width)
         for layer in one.routing:
-            total = total + model.aux_loss * _aux_loss(model, layer) + model.z_loss * _z_loss(layer)
+            total = total + model.aux_loss * _aux_loss(model, layer, valid_N)
+            total = total + model.z_loss * _z_loss(layer, valid_N, shards)
     return total / len(micro_batches)
 
 
@@ -91,7 +106,7 @@ def step(ppo: PPO, model: Trained, grads: Tensors) -> None:
     """One optimizer step on gradients that are already clipped; every tensor is replaced, none changed."""
     model.steps += 1
     formula = _adam if ppo.optimizer == "adam" else _sgd
-    model.weights = {name: formula(ppo, model, name, grad) for name, grad in grads.items()}
+    model.weights = model.weights | {name: formula(ppo, model, name, grad) for name, grad in grads.items()}
 
 
 def _decay(ppo: PPO, name: str, weight: torch.Tensor) -> float:

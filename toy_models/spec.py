@@ -17,6 +17,8 @@ OPTIMIZERS = ("sgd", "adam")
 SPLITS = ("even", "ends", "embedding", "loss", "both", "list")
 # batch_p2p_comm, neither, overlap_p2p_comm, overlap_p2p_comm_warmup_flush
 PIPES = ("batched", "plain", "overlapped", "flushed")
+MASKS = ("none", "all_false", "padding")
+FROZEN = ("none", "router", "experts", "attention", "embedding")
 AXES = ("tp", "cp", "ep", "dp", "pp")
 
 # Bounds on what a case file from a stranger may ask for: far above what is drawn, far below what hurts.
@@ -257,7 +259,10 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class PPO:
-    """Settings of the PPO update; `docs/ppo.md` has every formula. `max_norm` 0 switches clipping off."""
+    """Settings of the PPO update; `docs/ppo.md` has every formula. `max_norm` 0 switches clipping off.
+
+    `frozen` names parameters of actor and critic that are not trained.
+    """
 
     epochs: int = 1
     mini_batches: int = 1
@@ -278,10 +283,11 @@ class PPO:
     beta2: float = 0.999
     eps: float = 1e-8
     max_norm: float = 0.0
+    frozen: str = "none"
 
     def __post_init__(self) -> None:
         _check_counts(self, epochs=1, mini_batches=1)
-        _check_choice(self, optimizer=OPTIMIZERS)
+        _check_choice(self, optimizer=OPTIMIZERS, frozen=FROZEN)
         _check_flags(self, "whiten")
         unit, positive = (0.0, 1.0), (1e-12, 1e3)
         _check_reals(self, temperature=(1e-2, 1e2), gamma=unit, lam=unit, kl_coef=(0, 100), clip_eps=positive)
@@ -295,7 +301,10 @@ class Switches:
     """Options of megatron-core that must not matter, or only to rounding; weights are always loaded.
 
     `p2p` is how stages talk to each other (PIPES), `deallocate` deallocate_pipeline_outputs, `group` the micro-batches
-    that the interleaved schedule takes at a time (microbatch_group_size_per_vp_stage), 0 for as many as stages.
+    that the interleaved schedule takes at a time (microbatch_group_size_per_vp_stage), 0 for as many as stages. Where
+    not `forward_sp`, reference and reward model run without sequence parallelism. `decoder_input` hands the embedded
+    tokens to the actor and the critic. `padding_mask` is that of GPTModel.forward; one that marks padding matters for
+    balance losses.
     """
 
     dispatcher: str = "alltoall"
@@ -303,11 +312,14 @@ class Switches:
     p2p: str = "batched"
     deallocate: bool = False
     group: int = 0
+    forward_sp: bool = True
+    decoder_input: bool = False
+    padding_mask: str = "none"
 
     def __post_init__(self) -> None:
-        _check_choice(self, dispatcher=DISPATCHERS, p2p=PIPES)
+        _check_choice(self, dispatcher=DISPATCHERS, p2p=PIPES, padding_mask=MASKS)
         _check_counts(self, group=0)
-        _check_flags(self, "perform_initialization", "deallocate")
+        _check_flags(self, "perform_initialization", "deallocate", "forward_sp", "decoder_input")
 
 
 def check_together(layout: Layout, model: MoEModel, batch: Batch, ppo: PPO, switches: Switches) -> None:

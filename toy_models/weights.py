@@ -96,6 +96,19 @@ COLUMN_PARALLEL = ("embed_tokens.weight", "lm_head.weight", "gate_proj.weight", 
 FIRST, LAST = ("model.embed_tokens.weight",), ("model.norm.weight", "score.weight", "lm_head.weight")
 
 
+_FROZEN = {
+    "router": ".mlp.gate.",
+    "experts": ".mlp.experts.",
+    "attention": ".self_attn.",
+    "embedding": ".embed_tokens.",
+}
+
+
+def is_frozen(frozen: str, name: str) -> bool:
+    """Whether a tensor, under its canonical or transformers' name, is among those that `PPO.frozen` names."""
+    return frozen != "none" and _FROZEN[frozen] in name
+
+
 def expert_of(name: str) -> int | None:
     """The index of the routed expert that a canonical tensor belongs to, or None."""
     return int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else None

@@ -5,7 +5,7 @@ Pure functions over a case and observations. Knows the shard map and the partiti
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from toy_models import weights
 from toy_models.batching import chunk_positions, padded_width, partition, prompt_lengths
 from toy_models.coordinates import coordinates, is_last
 
+T = TypeVar("T")
 TRAINED = ("actor", "critic")
 STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
@@ -193,6 +194,11 @@ def compare(
     return Finding(witness, *numbers, f"{name} differs by {gap:.2e} of its scale {scale:.3g}; the bound is {bound:.1e}")
 
 
+def known_of(case: Case, kind: str, table: Mapping[str, T]) -> dict[str, T]:
+    """The tensors of a table that have this kind: all have weights, those that are frozen have no gradient or state."""
+    return {name: x for name, x in table.items() if kind == "weight" or not weights.is_frozen(case.ppo.frozen, name)}
+
+
 def summands(case: Case, reference: Observation, iteration: str, role: str) -> float:
     """The size of what a gradient is summed from, and which may cancel to nothing while its rounding stays.
 
@@ -219,9 +225,10 @@ def compare_pieces(
     case: Case, ranks: Sequence[Observation], reference: Observation, role: str, prefix: str, base: float
 ) -> Finding | None:
     """The first piece of any rank under `prefix` (`0/1/actor/grad`) that differs from its slice of the reference."""
-    measure = scales(case, reference, prefix, weights.shapes(case.model, role))
+    kind = prefix.rsplit("/", 1)[1]
+    measure = scales(case, reference, prefix, known_of(case, kind, weights.shapes(case.model, role)))
     for rank in ranks:
-        held = weights.held(case.model, case.layout, role, rank.rank)
+        held = known_of(case, kind, weights.held(case.model, case.layout, role, rank.rank))
         if not _far(rank, reference, prefix, held, measure, base):
             continue
         for name, where in held.items():

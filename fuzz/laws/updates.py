@@ -18,6 +18,7 @@ from fuzz.laws.compare import (
     certain_steps,
     compare,
     compare_pieces,
+    known_of,
     rows_in,
     seers,
     steps,
@@ -65,7 +66,8 @@ def _unique_norm(case: Case, ranks: Sequence[Observation], role: str, prefix: st
     """L2 norm of the observed gradients over unique parameters: of replicas, the lowest rank's piece counts."""
     pieces: dict[tuple, torch.Tensor] = {}
     for rank in ranks:
-        for name, where in weights.held(case.model, case.layout, role, rank.rank).items():
+        held = known_of(case, "grad", weights.held(case.model, case.layout, role, rank.rank))
+        for name, where in held.items():
             at = (name, *((s.start, s.stop) for s in where))
             pieces.setdefault(at, rank.tensors[f"{prefix}/{name}"])
     return math.sqrt(sum(float((piece.double() ** 2).sum()) for piece in pieces.values()))
@@ -158,7 +160,9 @@ def _before(case: Case, rank: Observation, role: str, held: Mapping, number: int
 
 
 def _misstepped(case: Case, rank: Observation, role: str, number: int) -> Finding | None:
-    step, held = steps(case)[number], weights.held(case.model, case.layout, role, rank.rank)
+    step, held = steps(case)[number], known_of(case, "grad", weights.held(case.model, case.layout, role, rank.rank))
+    if not held:
+        return None
     before, lr = _before(case, rank, role, held, number), case.ppo.lr if role == "actor" else case.ppo.critic_lr
     gradients = [rank.tensors[f"{step.key}/{role}/grad/{name}"] for name in held]
     wd = _flat(

@@ -8,7 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import layers
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import p2p_communication
+from megatron.core.tensor_parallel import layers, scatter_to_sequence_parallel_region
+
+from toy_models.planted.rewrite import wrap
 
 LINEARS = (layers.ColumnParallelLinear, layers.RowParallelLinear)
 
@@ -53,3 +57,36 @@ def shards_marked_without_initialization() -> None:
     """
     for owner in (*LINEARS, layers.VocabParallelEmbedding):
         _after_init(owner, _mark)
+
+
+def _in_order(original: Callable, **messages: Any) -> Any:
+    """The receives the other way round where both neighbours are one rank."""
+    if messages["prev_pipeline_rank"] != messages["next_pipeline_rank"]:
+        return original(**messages)
+    ends = ("tensor_recv_prev", "tensor_recv_next")
+    return original(**messages | {ends[0]: messages[ends[1]], ends[1]: messages[ends[0]]})
+
+
+def two_stages_meet_in_order() -> None:
+    """Interleaved schedule, PP=2, batched: what one rank sends to its previous stage the other takes from its next.
+
+    docs/findings/interleaved-two-stages.md; both neighbours are one rank, and messages between two ranks meet in order.
+    """
+    wrap(p2p_communication, "_batched_p2p_ops", _in_order)
+
+
+def _scattered(original: Callable, self: Any, *args: Any, **kwargs: Any) -> tuple:
+    found = list(original(self, *args, **kwargs))
+    mask, embedded = kwargs.get("padding_mask"), kwargs.get("decoder_input") is not None
+    whole = found[-1] is mask and mask is not None and (embedded or not self.pre_process)
+    if whole and self.config.sequence_parallel:
+        found[-1] = scatter_to_sequence_parallel_region(mask.transpose(0, 1).contiguous()).transpose(0, 1).contiguous()
+    return tuple(found)
+
+
+def padding_mask_scattered_on_every_stage() -> None:
+    """Sequence parallelism: the padding mask is cut like the hidden states on stages without an embedding too.
+
+    NVIDIA/Megatron-LM#5563; the same where `decoder_input` is given.
+    """
+    wrap(GPTModel, "_preprocess", _scattered)
