@@ -55,8 +55,8 @@ KNOWN = (
     ),
     Known(
         id="interleaved-two-stages",
-        upstream="docs/findings/interleaved-two-stages.md; Megatron-LM's training/arguments.py refuses it",
-        lives=("0.16.1",),
+        upstream="NVIDIA/Megatron-LM#1450 (open); docs/findings/interleaved-two-stages.md",
+        lives=("0.16.1", "0.19.2"),
         # Both neighbours are one rank: the two messages that it sends are taken for each other.
         covers=lambda case: case.layout.pp == 2 and case.layout.vpp > 1 and case.switches.p2p == "batched",
         law="ratio is one before the first step",
@@ -82,8 +82,8 @@ KNOWN = (
     ),
     Known(
         id="padding-mask-of-later-stages",
-        upstream="NVIDIA/Megatron-LM#5563",
-        lives=("0.16.1",),
+        upstream="NVIDIA/Megatron-LM#5563, #5088",
+        lives=("0.16.1", "0.19.2"),
         # Only the embedding's branch cuts the mask over TP; balance losses alone look at it.
         covers=lambda case: (
             case.switches.padding_mask != "none"

@@ -142,7 +142,7 @@ def _done(ranks: Sequence[Observation]) -> bool:
 
 
 def _reference_key(case: Case) -> tuple:
-    """What the reference depends on: of the layout the padding; where there are balance losses the micro-batches too."""
+    """What the reference depends on: of the layout the padding, and with balance losses the micro-batches."""
     width = padded_width(case.layout, case.batch)
     key = (case.model, case.batch, case.ppo, case.program, case.precision, case.seed, width)
     if not (case.model.aux_loss or case.model.z_loss):
