@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
-from fuzz.case import Case
+from fuzz.case import Case, twin_of
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
 SUPPORTED = ("0.16.1", "0.19.2")
@@ -63,6 +63,54 @@ KNOWN = (
         mend="toy_models.planted.mends:two_stages_meet_in_order",
         example=Case(
             layout=Layout(world=2, pp=2, vpp=2), model=MoEModel(layers=4), batch=Batch(rows=4, prompt=2, response=2)
+        ),
+    ),
+    Known(
+        id="uneven-ends-of-two-stages",
+        upstream="docs/findings/uneven-ends-of-two-stages.md",
+        lives=("0.16.1", "0.19.2"),
+        # Both ends are given and no stage is left between them: a division by their number, which is zero.
+        covers=lambda case: case.layout.split == "ends" and case.layout.pp == 2 and case.layout.vpp > 1,
+        law="every rank finishes",
+        mend="toy_models.planted.mends:uneven_ends_without_a_middle",
+        example=Case(
+            layout=Layout(world=2, pp=2, vpp=2, split="ends", stages=(2, 1, 2, 1)),
+            model=MoEModel(layers=6),
+            batch=Batch(rows=2),
+            switches=Switches(p2p="plain"),
+        ),
+    ),
+    Known(
+        id="layout-of-another-pipeline",
+        upstream="docs/findings/layout-of-another-pipeline.md",
+        lives=("0.16.1", "0.19.2"),
+        # The layout asks parallel_state for the pipeline rank and for virtual stages, whatever groups it is handed.
+        covers=lambda case: case.layout.split == "list" and case.switches.groups == "other",
+        law="every layer is there once",
+        mend="toy_models.planted.mends:layout_of_the_given_pipeline",
+        example=Case(
+            layout=Layout(world=2, pp=2, split="list", stages=(1, 2)),
+            model=MoEModel(layers=3),
+            switches=Switches(groups="other"),
+        ),
+    ),
+    Known(
+        id="experts-before-tensors",
+        upstream="docs/findings/experts-before-tensors.md",
+        lives=("0.16.1", "0.19.2"),
+        # preprocess reads the counts of the TP x EP group as if TP were its faster axis.
+        covers=lambda case: (
+            case.layout.etp > 1
+            and case.layout.ep > 1
+            and case.layout.order.index("ep") < case.layout.order.index("tp")
+            and "alltoall" in (case.switches.dispatcher, twin_of(case).switches.dispatcher)
+        ),
+        law="collectives run in lock-step",
+        mend="toy_models.planted.mends:counts_by_expert_rank",
+        example=Case(
+            layout=Layout(world=4, ep=2, etp=2, order="ep-tp-dp-cp-pp"),
+            model=MoEModel(ffn=4),
+            batch=Batch(rows=4, prompt=3),
         ),
     ),
     Known(

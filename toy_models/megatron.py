@@ -232,7 +232,7 @@ class Role:
         """The layers of this rank by their place in the model, from 0."""
         places = chunks(self.layout, self.model.layers, self.rank)
         pairs = zip(places, self.gpts, strict=True)
-        return {at: layer for some, gpt in pairs for at, layer in zip(some, gpt.decoder.layers, strict=True)}
+        return {at: layer for some, gpt in pairs for at, layer in zip(some, gpt.decoder.layers, strict=False)}
 
     def moe_layers(self) -> dict[int, torch.nn.Module]:
         """Those of them that have experts."""

@@ -8,6 +8,7 @@ last stage of a pipeline sees outputs; under context parallelism C = W/CP of the
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from toy_models import batching
 from toy_models.megatron import Role
 
 Roles = Mapping[str, Role]
+# Newer versions also cut sequences of which each has a CP size of its own, and ask whether to.
+NO_HYBRID = {"is_hybrid_cp": False} if "is_hybrid_cp" in signature(get_batch_on_this_cp_rank).parameters else {}
 Watch = Callable[[str, Role, int, Mapping[str, Any]], None]
 
 
@@ -82,7 +85,7 @@ def _step(batches: Any, module: torch.nn.Module, read: Callable, role: Role) -> 
     batch: Rollout = next(batches)
     positions_RW = torch.arange(batch.tokens_RW.shape[1]).expand_as(batch.tokens_RW)
     inputs = {"input_ids": batch.tokens_RW, "position_ids": positions_RW, "padding_mask": _padding(batch, role)}
-    own = get_batch_on_this_cp_rank(inputs, role.groups.cp)
+    own = get_batch_on_this_cp_rank(inputs, cp_group=role.groups.cp, **NO_HYBRID)
     gpt = module.module if role.optimizer else module
     if role.switches.decoder_input and role.optimizer and gpt.pre_process:  # type: ignore[union-attr]
         own["decoder_input"] = gpt.embedding(own["input_ids"], own["position_ids"])  # type: ignore[union-attr,operator]
@@ -177,9 +180,10 @@ def _at_states(batch: Rollout, x_RC: torch.Tensor) -> torch.Tensor:
 
 def token_logp(batch: Rollout, logits_RCV: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probabilities [R, T] of the response tokens from vocab-parallel logits, zero where masked."""
-    labels = get_batch_on_this_cp_rank({"labels": batch.tokens_RW.roll(-1, dims=1)}, batch.groups.cp)["labels"]
+    own = {"labels": batch.tokens_RW.roll(-1, dims=1)}
+    own = get_batch_on_this_cp_rank(own, cp_group=batch.groups.cp, **NO_HYBRID)
     scaled = (logits_RCV / temperature).transpose(0, 1).contiguous()
-    return _at_states(batch, -vocab_parallel_cross_entropy(scaled, labels.t().contiguous()).t())
+    return _at_states(batch, -vocab_parallel_cross_entropy(scaled, own["labels"].t().contiguous()).t())
 
 
 def token_entropy(batch: Rollout, logits_RCV: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
     pip install torch megatron-core && python interleaved_two_stages.py
 
-Two ranks on the CPU over Gloo, one exchange of megatron's own P2PCommunicator as the interleaved schedule makes it in its
-steady state: every rank sends an activation forward and a gradient backward, and receives one of each. No GPU,
+Two ranks on the CPU over Gloo, one exchange of megatron's own P2PCommunicator as the interleaved schedule makes it in
+its steady state: every rank sends an activation forward and a gradient backward, and receives one of each. No GPU,
 TransformerEngine or apex. Exits 1 while the bug lives, 0 when it has gone, 2 where something else went wrong.
 """
 

@@ -6,13 +6,18 @@ itself is shown on stock megatron-core by the entry's example.
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.tensor_parallel import layers, scatter_to_sequence_parallel_region
+from megatron.core.transformer import transformer_block, transformer_layer
+from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from toy_models.planted.rewrite import wrap
+from toy_models.planted.rewrite import rewrite, rewrite_everywhere, wrap
 
 LINEARS = (layers.ColumnParallelLinear, layers.RowParallelLinear)
 
@@ -73,6 +78,55 @@ def two_stages_meet_in_order() -> None:
     docs/findings/interleaved-two-stages.md; both neighbours are one rank, and messages between two ranks meet in order.
     """
     wrap(p2p_communication, "_batched_p2p_ops", _in_order)
+
+
+def uneven_ends_without_a_middle() -> None:
+    """Interleaved schedule, PP=2, both ends given: no layer lies between them, and nothing is divided by no stages.
+
+    docs/findings/uneven-ends-of-two-stages.md; `get_transformer_layer_offset` divides by the number of middle stages.
+    """
+    divided = "                            // middle_pipeline_stages\n"
+    guarded = divided.replace("middle_pipeline_stages", "max(1, middle_pipeline_stages)")
+    rewrite_everywhere(transformer_layer, "get_transformer_layer_offset", (divided, guarded))
+
+
+def layout_of_the_given_pipeline() -> None:
+    """`pipeline_model_parallel_layout` is read at the pipeline rank that is handed in, not at that of parallel_state.
+
+    docs/findings/layout-of-another-pipeline.md.
+    """
+    asked = "get_num_layers_to_build(\n            layer_type=LayerType.decoder, vp_stage=vp_stage\n        )"
+    given = asked.replace("vp_stage=vp_stage", "vp_stage=vp_stage, pp_rank=pp_rank")
+    rewrite_everywhere(transformer_block, "get_num_layers_to_build", (asked, given))
+    asked = "get_layer_offset(\n                layer_type=LayerType.decoder, vp_stage=vp_stage\n            )"
+    given = asked.replace("vp_stage=vp_stage", "vp_stage=vp_stage, pp_rank=pp_rank")
+    rewrite_everywhere(transformer_layer, "get_transformer_layer_offset", (asked, given))
+    world = "parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None"
+    for name in ("get_num_layers_to_build", "get_layer_offset"):
+        rewrite(PipelineParallelLayerLayout, name, (world, "self.virtual_pipeline_model_parallel_size > 1"))
+
+
+def _by_expert_rank(original: Callable, self: Any, routing_map: torch.Tensor) -> torch.Tensor:
+    """The counts of all ranks are put as if TP were the faster axis of the group."""
+    ranks = dist.get_process_group_ranks(self.tp_ep_group)
+    mine = [ranks.index(rank) for rank in dist.get_process_group_ranks(self.tp_group)]
+    if self.tp_size == 1 or self.ep_size == 1 or mine[1] - mine[0] == 1:
+        return original(self, routing_map)
+    gather = token_dispatcher.gather_from_sequence_parallel_region
+
+    def gathered(counts: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return gather(counts, *args, **kwargs).reshape(self.tp_size, self.ep_size, -1).transpose(0, 1).flatten()
+
+    with mock.patch.object(token_dispatcher, "gather_from_sequence_parallel_region", gathered):
+        return original(self, routing_map)
+
+
+def counts_by_expert_rank() -> None:
+    """A rank order with EP before TP: the all-to-all dispatcher reads the gathered counts in the order of its group.
+
+    docs/findings/experts-before-tensors.md.
+    """
+    wrap(token_dispatcher.MoEAlltoAllTokenDispatcher, "preprocess", _by_expert_rank)
 
 
 def _aliased(original: Callable, **messages: Any) -> Any:

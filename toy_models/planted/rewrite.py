@@ -4,13 +4,15 @@ Every helper fails loudly where it does not find what it changes, so that no ver
 """
 
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any
 
 
 def _source(function: Any) -> str:
-    return textwrap.dedent(inspect.getsource(function))
+    """As in the file; of a function that was rewritten before, as it is now."""
+    return getattr(function, "rewritten", None) or textwrap.dedent(inspect.getsource(function))
 
 
 def rewrite(owner: Any, name: str, *edits: tuple[str, str]) -> None:
@@ -27,11 +29,22 @@ def rewrite(owner: Any, name: str, *edits: tuple[str, str]) -> None:
     setattr(owner, name, _compiled(source, owner, name, function))
 
 
+def rewrite_everywhere(owner: Any, name: str, *edits: tuple[str, str]) -> None:
+    """As `rewrite`, for a function that other modules of megatron-core have taken by value."""
+    original = getattr(owner, name)
+    rewrite(owner, name, *edits)
+    users = [module for at, module in sys.modules.items() if at.startswith("megatron.core")]
+    for module in [module for module in users if getattr(module, name, None) is original]:
+        setattr(module, name, getattr(owner, name))
+
+
 def _compiled(source: str, owner: Any, name: str, function: Any) -> Any:
     wrapped = f"def _made(__class__):\n{textwrap.indent(source, '    ')}\n    return {name}\n"
     made: dict[str, Callable] = {}
     exec(compile(wrapped, function.__code__.co_filename, "exec"), function.__globals__, made)
-    return made["_made"](owner)
+    function = made["_made"](owner)
+    function.rewritten = source
+    return function
 
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
