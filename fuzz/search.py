@@ -102,11 +102,10 @@ class Search:
 
     def _row(self, failure: Failure, folder: Path, report: Report | None = None) -> Row:
         violation = report.violation if report else failure.violation
-        again = "run again, it failed {} of {} times".format(*report.runs) if report else "interrupted: not run again"
         return Row(
             law=violation.law,
             layout=layout_of(violation.case),
-            found=f"smallest of {self.box.cases} cases; {again}",
+            found=f"smallest of {self.box.cases} cases; {_again(report)}",
             depends=report.neighbourhood if report else "",
             diverges=report.divergence if report else "",
             folder=self._short(folder),
@@ -115,3 +114,9 @@ class Search:
 
     def _short(self, folder: Path) -> str:
         return str(folder.relative_to(self._root)) if folder.is_relative_to(self._root) else str(folder)
+
+
+def _again(report: Report | None) -> str:
+    if report is None:
+        return "interrupted: not run again"
+    return "run again, it failed {} of {} times".format(*report.runs) if report.runs[1] else "not run again"

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fuzz.case import Case, Violation, violation_of
+from fuzz import repro
+from fuzz.case import Case, HarnessFault, Violation, violation_of
 from fuzz.case_json import from_json
 from fuzz.folders import Folders, name
+from fuzz.investigate import investigate
 from fuzz.timebox import Failure, TimeBox
 from toy_models.spec import Batch, Layout
 
@@ -158,6 +160,29 @@ def test_what_cannot_be_written_is_said_once(tmp_path: Path) -> None:
         folders.keep(failure(SMALL))
     [said] = folders.warnings
     assert said.startswith(f"WARNING: {tmp_path}/occupied/every-copy-") and "(Not a directory)" in said
+
+
+class Broken:
+    """Trials whose every case is a fault of the harness."""
+
+    plants = ()
+
+    def judge(self, case: Case, times_patience: float = 1.0) -> None:
+        raise HarnessFault("rank 0: its reply could not be written\nwith more below")
+
+    def traced(self, case: Case) -> None:
+        self.judge(case)
+
+
+def test_a_fault_of_the_harness_after_the_search_loses_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be found out is named, and the report is written all the same."""
+    monkeypatch.setattr(repro, "check", lambda *_: "exit code 0, []")
+    folder, report = investigate(failure(SMALL), Broken(), Folders(tmp_path), seconds=1.0)  # type: ignore[arg-type]
+    text, fault = (folder / "report.md").read_text(), "HarnessFault: rank 0: its reply could not be written"
+    assert held(folder) == SMALL and report.runs == (0, 0) and "Run again" not in text
+    assert f"Not found out: again: {fault}; diverge: {fault}; repro.py did not show the bug: exit code 0" in text
 
 
 # ---- the whole way, in a run of pytest -------------------------------------------------------------------------
