@@ -22,12 +22,12 @@ from fuzz.trial import Trials
 
 Step = Callable[[Report, Trials, Path], Report]
 
-AROUND = 30.0  # seconds for the neighbourhood
+AROUND = 30.0  # seconds for the neighbourhood at most
 SCRIPT = 60.0  # seconds for a script to show the bug
 LIVENESS = ("collectives run in lock-step", "every rank finishes")
 
 
-def investigate(failure: Failure, trials: Trials, folders: Folders, seconds: float = AROUND) -> tuple[Path, Report]:
+def investigate(failure: Failure, trials: Trials, folders: Folders, seconds: float) -> tuple[Path, Report]:
     """Find out what a maintainer asks, and write it down: the folder, and the report that lies in it."""
     around = neighbourhood.explore(failure.violation.case, _fails(failure, trials), seconds)
     failure = _smallest(failure, around.smaller, trials)

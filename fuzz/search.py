@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fuzz.case import Case, Violation
 from fuzz.folders import ROOT, Folders
-from fuzz.investigate import investigate
+from fuzz.investigate import AROUND, investigate
 from fuzz.progress import Watcher, layout_of
 from fuzz.report import Report
 from fuzz.timebox import Failure, TimeBox
@@ -49,7 +49,8 @@ class Row:
 class Search:
     """`name` and `cases` (how many are drawn) are shown on the console, if there is one when the first case comes.
 
-    `seconds`: for shrinking, all failures together; `root`: where `.fuzz` lies.
+    `seconds`: for shrinking, all failures together; at most half of that goes to the neighbours of each. `root`: where
+    `.fuzz` lies.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Search:
         self.folders = Folders(root / ROOT)
         self._best: dict[tuple[str, str], tuple[Failure, Path]] = {}
         self._name, self._cases, self._console, self._root = name, cases, console, root
+        self._around = min(AROUND, seconds / 2)
         self._watcher: Watcher | None = None
 
     def run(self, case: Case, judge: Callable[[Case], Violation | None]) -> None:
@@ -92,7 +94,7 @@ class Search:
             if row := known.get(self._short(folder)):
                 found.append((row, None))
                 continue
-            folder, report = investigate(failure, trials, self.folders)
+            folder, report = investigate(failure, trials, self.folders, self._around)
             found.append((self._row(failure, folder, report), report))
         return found
 
