@@ -29,6 +29,7 @@ class Row:
     diverges: str
     folder: str
     example: str
+    violation: str  # in full, of the smallest case
 
     def plain(self) -> dict[str, str]:
         """For the way between processes."""
@@ -112,6 +113,7 @@ class Search:
             diverges=report.divergence if report else "",
             folder=self._short(folder),
             example=f"@example({violation.case!r})",
+            violation=str(violation).strip("\n"),
         )
 
     def _short(self, folder: Path) -> str:

@@ -246,6 +246,8 @@ def test_two_root_causes_of_one_law_are_two_failures(tmp_path: Path) -> None:
     causes = ["raised KeyError at megatron/core/", "raised ValueError at megatron/core/"]
     assert sorted(cause for cause in causes for report in reports if cause in report.splitlines()[0]) == causes
     assert all("## Every rank: last collective and stack" in report for report in reports)
+    shown = {line for line in said.splitlines() if line.startswith("@example")}
+    assert shown == {f"@example({held(folder)!r})" for folder in folders}
 
 
 def test_an_unwritable_folder_is_one_warning_and_the_report_is_printed(tmp_path: Path) -> None:
