@@ -10,12 +10,13 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from fuzz import divergence, heatmap, known, neighbourhood, repro
 from fuzz.case import Case, HarnessFault, Violation
-from fuzz.folders import Folders
+from fuzz.folders import Folders, write
 from fuzz.report import AGAIN, Report
 from fuzz.timebox import Failure
 from fuzz.trial import Trials
@@ -37,9 +38,9 @@ def investigate(failure: Failure, trials: Trials, folders: Folders, seconds: flo
     for step in (_again, _diverge, _script):
         report = _tried(step, report, trials, folder, folders)
     try:
-        folders.write(folder / "report.md", str(report))
+        write(folder / "report.md", str(report))
     except OSError as error:
-        folders.warn(folder, error)
+        folders.warn(error)
     return folder, report
 
 
@@ -76,7 +77,7 @@ def _tried(step: Step, report: Report, trials: Trials, folder: Path, folders: Fo
     try:
         return step(report, trials, folder)
     except OSError as error:
-        folders.warn(folder, error)
+        folders.warn(error)
         return report
     except (Exception, HarnessFault) as error:
         said = (str(error).strip().splitlines() or [""])[0]
@@ -96,7 +97,9 @@ def _diverge(report: Report, trials: Trials, folder: Path) -> Report:
     found = divergence.measure(trials, report.violation.case)
     if found is None:
         return report
-    heatmap.write(found, folder / "divergence.png")
+    drawn = BytesIO()
+    heatmap.write(found, drawn)
+    write(folder / "divergence.png", drawn.getvalue())
     return replace(report, divergence=found.sentence(), modules=found.table())
 
 
@@ -106,7 +109,7 @@ def _script(report: Report, trials: Trials, folder: Path) -> Report:
     plants = (*_planted(trials), *_needed_mends(violation.case, trials))
     for make in (repro.script, repro.whole_case):
         text = make(violation.case, violation.law, plants, violation.sentence, seen_on())
-        file.write_text(text)
+        write(file, text)
         why = repro.check(file, SCRIPT)
         if not why:
             how = "runs the whole case through this package" if "from fuzz" in text else "self-contained"

@@ -1,5 +1,6 @@
 """The search of a test: verdicts recorded by case, a budget, the best so far on disk, one folder per failure."""
 
+import errno
 import gc
 import os
 import subprocess
@@ -158,8 +159,25 @@ def test_what_cannot_be_written_is_said_once(tmp_path: Path) -> None:
     folders = Folders(tmp_path / "occupied")
     for _ in range(2):
         folders.keep(failure(SMALL))
+        folders.keep(failure(MIDDLE))
     [said] = folders.warnings
-    assert said.startswith(f"WARNING: {tmp_path}/occupied/every-copy-") and "(Not a directory)" in said
+    assert said.startswith(f"WARNING: {tmp_path}/occupied cannot be written (Not a directory)")
+
+
+def test_half_a_file_is_never_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills while a smaller case is written: what lay there stays, and nothing beside it."""
+    folders = Folders(tmp_path)
+    folder = folders.keep(failure(SMALL, first=MIDDLE))
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:9])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert folders.keep(failure(SMALL)) == folder and held(folder) == SMALL
+    assert {file.name for file in folder.iterdir()} == {"case.json", "original.json"}
+    assert len(folders.warnings) == 1 and "(No space left on device)" in folders.warnings[0]
 
 
 class Broken:
@@ -254,7 +272,7 @@ def test_an_unwritable_folder_is_one_warning_and_the_report_is_printed(tmp_path:
     (tmp_path / ".fuzz").write_text("in the way")
     code, said = run(tmp_path, "--plant", "toy_models.planted.liveness:starved_expert_raises", "--shrink-seconds=5")
     assert code == 1 and said.count("WARNING: ") == 1, said
-    assert "(Not a directory); it is printed here instead, the run goes on" in said
+    assert "(Not a directory); reports are printed here instead, the run goes on" in said
     assert "## Minimal case" in said and "## Environment" in said and "@example(Case(" in said
 
 
