@@ -152,7 +152,8 @@ def _head(law: str, found: str, sentence: str, seen_on: str) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(" ".join(text.split()), WIDTH, max_lines=3, break_on_hyphens=False)
+    printable = "".join(c if c.isprintable() else " " for c in text)  # a NUL is no source
+    return textwrap.wrap(" ".join(printable.split()), WIDTH, max_lines=3, break_on_hyphens=False)
 
 
 def _with(body: str, plants: tuple[str, ...]) -> str:
