@@ -161,7 +161,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
     def told(excinfo: pytest.ExceptionInfo[BaseException], *style: Any) -> Any:
         broken = _violations(excinfo.value)
-        return "\n".join(map(str, broken)).strip() if broken else usual(excinfo, *style)
+        return "\n".join(map(str, broken)).strip("\n") if broken else usual(excinfo, *style)
 
     item.repr_failure = told  # type: ignore[method-assign]
 
@@ -195,6 +195,7 @@ def _tell(item: pytest.Item, report: pytest.TestReport) -> None:
         return
     found = stash[SEARCH].investigate(stash[TRIALS], rows)
     rows |= {row.folder: row for row, _ in found}
+    report.longrepr = "\n".join(row.violation for row, _ in found)  # of the smallest cases, as in their folders
     unwritten = stash[SEARCH].folders.warnings
     told = [str(text) if unwritten and text else row.told() for row, text in found]
     report.sections.append(("ep-ppo-fuzz", "\n\n".join([*unwritten, *told])))

@@ -97,7 +97,8 @@ def drawn(chance: random.Random, healthy: Mapping[Case, Mapping[str, int]]) -> t
     places = [f"collective {collective}", f"step {chance.randrange(steps)}", f"stage {chance.choice(STAGES)}"]
     places += ["end"] * (kind != "loop") + [f"inside {collective}"] * (kind not in ("loop", "mismatch", "missing"))
     once = kind.endswith(" once")
-    in_twin = case.twin is not None and not once and chance.random() < 0.5
+    # A pause ends: in the case itself it would come back in its twin, perhaps in front of another call.
+    in_twin = case.twin is not None and not once and (kind == "pause" or chance.random() < 0.5)
     return case, Fault(kind.removesuffix(" once"), chance.randrange(world), chance.choice(places), once, in_twin)
 
 

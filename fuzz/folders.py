@@ -24,6 +24,17 @@ def name(failure: Failure) -> str:
     return f"{re.sub(r'[^a-z0-9]+', '-', violation.law.lower()).strip('-')}-{digest}"
 
 
+def write(file: Path, data: str | bytes) -> None:
+    """Whole or not at all: a reader never sees half a file. OSError where it cannot be written."""
+    part = file.with_name(f".{file.name}.part")
+    try:
+        part.write_bytes(data.encode() if isinstance(data, str) else data)
+        part.replace(file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
 class Folders:
     """Keeps the best of every failure of one test on disk. What cannot be written is said once, in `warnings`."""
 
@@ -37,24 +48,17 @@ class Folders:
         folder = self._root / name(failure)
         try:
             self._move(failure.identity, folder)
-            self.write(folder / CASE, to_json(failure.violation.case))
+            write(folder / CASE, to_json(failure.violation.case))
             if not (folder / ORIGINAL).exists():
-                self.write(folder / ORIGINAL, to_json(failure.first))
+                write(folder / ORIGINAL, to_json(failure.first))
         except OSError as error:
-            self.warn(folder, error)
+            self.warn(error)
         return folder
 
-    def write(self, file: Path, text: str) -> None:
-        """Whole or not at all: a reader never sees half a file. OSError where it cannot be written."""
-        part = file.with_name(f".{file.name}.part")
-        part.write_text(text)
-        part.replace(file)
-
-    def warn(self, folder: Path, error: OSError) -> None:
-        """Remember, once, that a folder cannot be written."""
-        said = f"WARNING: {folder} cannot be written ({error.strerror}); it is printed here instead, the run goes on"
-        if said not in self.warnings:
-            self.warnings.append(said)
+    def warn(self, error: OSError) -> None:
+        """Remember, once, that the folders cannot be written."""
+        said = f"cannot be written ({error.strerror}); reports are printed here instead, the run goes on"
+        self.warnings = self.warnings or [f"WARNING: {self._root} {said}"]
 
     def _move(self, identity: tuple[str, str], folder: Path) -> None:
         before = self._of.get(identity)

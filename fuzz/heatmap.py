@@ -7,7 +7,7 @@ eye, to colour-blind eyes and in grey print. What is first in order has a frame.
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -25,8 +25,8 @@ UNDER, ABSENT, INFINITE, FRAME = "#dfe7ee", "#ffffff", "#000000", "#0072b2"
 Cells = Mapping[tuple[str, str], Row]
 
 
-def write(divergence: Divergence, path: Path) -> None:
-    """A PNG of all modules; only the sentence where ranks did not finish. OSError where it cannot be written."""
+def write(divergence: Divergence, file: Path | BinaryIO) -> None:
+    """A PNG of all modules; only the sentence where ranks did not finish."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.4 s to import, and needed only for a failure
     from matplotlib.figure import Figure
 
@@ -37,7 +37,7 @@ def write(divergence: Divergence, path: Path) -> None:
     figure.suptitle(_title(divergence, size[0]), fontsize=8, x=0.01, ha="left")
     if names:
         _draw(figure, divergence, names)
-    figure.savefig(path, dpi=130, format="png")
+    figure.savefig(file, dpi=130, format="png")
 
 
 def _title(divergence: Divergence, inches: float) -> str:

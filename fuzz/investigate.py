@@ -4,46 +4,48 @@ Knows trials, the neighbourhood, divergence, scripts and folders. Knows no pytes
 seconds; one that fails is named in the report, and the others go on.
 """
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from fuzz import divergence, heatmap, known, neighbourhood, repro
 from fuzz.case import Case, HarnessFault, Violation
-from fuzz.folders import Folders
+from fuzz.folders import Folders, write
 from fuzz.report import AGAIN, Report
 from fuzz.timebox import Failure
 from fuzz.trial import Trials
 
 Step = Callable[[Report, Trials, Path], Report]
 
-AROUND = 30.0  # seconds for the neighbourhood
+AROUND = 30.0  # seconds for the neighbourhood at most
 SCRIPT = 60.0  # seconds for a script to show the bug
 LIVENESS = ("collectives run in lock-step", "every rank finishes")
 
 
-def investigate(failure: Failure, trials: Trials, folders: Folders, seconds: float = AROUND) -> tuple[Path, Report]:
+def investigate(failure: Failure, trials: Trials, folders: Folders, seconds: float) -> tuple[Path, Report]:
     """Find out what a maintainer asks, and write it down: the folder, and the report that lies in it."""
     around = neighbourhood.explore(failure.violation.case, _fails(failure, trials), seconds)
     failure = _smallest(failure, around.smaller, trials)
-    report = Report(failure.violation, plants=_planted(trials), commit=commit(), runs=_again(failure, trials))
+    report = Report(failure.violation, plants=_planted(trials), commit=commit())
     report = replace(report, neighbourhood=around.sentence(), neighbours=around.table())
     folder = folders.keep(failure)
-    for step in (_diverge, _script):
+    for step in (_again, _diverge, _script):
         report = _tried(step, report, trials, folder, folders)
     try:
-        folders.write(folder / "report.md", str(report))
+        write(folder / "report.md", str(report))
     except OSError as error:
-        folders.warn(folder, error)
+        folders.warn(error)
     return folder, report
 
 
-def _same(failure: Failure, violation: Violation | None) -> bool:
-    return violation is not None and (violation.law, violation.cause) == failure.identity
+def _same(broken: Violation, violation: Violation | None) -> bool:
+    return violation is not None and (violation.law, violation.cause) == (broken.law, broken.cause)
 
 
 def _fails(failure: Failure, trials: Trials) -> Callable[[Case, float], bool | None]:
@@ -56,21 +58,18 @@ def _fails(failure: Failure, trials: Trials) -> Callable[[Case, float], bool | N
             return None
         if verdict.violation is None:
             return None if verdict.doubts else False
-        return True if _same(failure, verdict.violation) else None
+        return True if _same(failure.violation, verdict.violation) else None
 
     return fails
 
 
 def _smallest(failure: Failure, smaller: Case | None, trials: Trials) -> Failure:
     """A neighbour that is smaller and fails too takes the place of the case."""
-    violation = trials.judge(smaller).violation if smaller is not None else None
-    return replace(failure, violation=violation) if violation and _same(failure, violation) else failure
-
-
-def _again(failure: Failure, trials: Trials) -> tuple[int, int]:
-    """How often the case fails when it is really run again, with twice the patience."""
-    verdicts = [trials.judge(failure.violation.case, times_patience=2.0) for _ in range(AGAIN)]
-    return sum(_same(failure, verdict.violation) for verdict in verdicts), AGAIN
+    with contextlib.suppress(HarnessFault):
+        violation = trials.judge(smaller).violation if smaller is not None else None
+        if violation is not None and _same(failure.violation, violation):
+            return replace(failure, violation=violation)
+    return failure
 
 
 def _tried(step: Step, report: Report, trials: Trials, folder: Path, folders: Folders) -> Report:
@@ -78,11 +77,18 @@ def _tried(step: Step, report: Report, trials: Trials, folder: Path, folders: Fo
     try:
         return step(report, trials, folder)
     except OSError as error:
-        folders.warn(folder, error)
+        folders.warn(error)
         return report
     except (Exception, HarnessFault) as error:
-        why = f"{step.__name__.strip('_')}: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        said = (str(error).strip().splitlines() or [""])[0]
+        why = f"{step.__name__.strip('_')}: {type(error).__name__}: {said}"
         return replace(report, missing=(*report.missing, why))
+
+
+def _again(report: Report, trials: Trials, folder: Path) -> Report:
+    """How often the case fails when it is really run again, with twice the patience."""
+    verdicts = [trials.judge(report.violation.case, times_patience=2.0) for _ in range(AGAIN)]
+    return replace(report, runs=(sum(_same(report.violation, v.violation) for v in verdicts), AGAIN))
 
 
 def _diverge(report: Report, trials: Trials, folder: Path) -> Report:
@@ -91,7 +97,9 @@ def _diverge(report: Report, trials: Trials, folder: Path) -> Report:
     found = divergence.measure(trials, report.violation.case)
     if found is None:
         return report
-    heatmap.write(found, folder / "divergence.png")
+    drawn = BytesIO()
+    heatmap.write(found, drawn)
+    write(folder / "divergence.png", drawn.getvalue())
     return replace(report, divergence=found.sentence(), modules=found.table())
 
 
@@ -101,7 +109,7 @@ def _script(report: Report, trials: Trials, folder: Path) -> Report:
     plants = (*_planted(trials), *_needed_mends(violation.case, trials))
     for make in (repro.script, repro.whole_case):
         text = make(violation.case, violation.law, plants, violation.sentence, seen_on())
-        file.write_text(text)
+        write(file, text)
         why = repro.check(file, SCRIPT)
         if not why:
             how = "runs the whole case through this package" if "from fuzz" in text else "self-contained"

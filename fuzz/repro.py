@@ -36,12 +36,14 @@ KINDS = {
 FILES = {
     "dispatch": ("common", "dispatch"),
     "gradients": ("common", "models", "gradients", "compare", "main"),
+    "alone": ("alone", "compare", "alone_main"),
     "norm": ("common", "models", "norm", "main"),
     "step": ("common", "models", "step", "compare", "main"),
 }
 SAYS = {
     "dispatch": "Expected: every copy of a token arrives once at its expert and comes back once.",
     "gradients": "Expected: the losses and gradients of the same model on one rank.",
+    "alone": "Expected: the losses and gradients of the same model in plain torch.",
     "norm": "Expected: the norm over all parameters of the model, each counted once.",
     "step": "Expected: the formula of the optimizer.",
     "": "A whole PPO step against one process; it needs ep-ppo-fuzz (pip install ep-ppo-fuzz).",
@@ -54,10 +56,10 @@ def kind(case: Case, law: str) -> str:
     Balance losses are defined per micro-batch: one process that sees all rows at once has others.
     """
     model, layout = case.model, case.layout
-    alone = layout.world == 1 and law in KINDS["gradients"]
-    if alone or model.aux_loss or model.z_loss or model.tied or layout.pp * layout.cp > 1:
+    if model.aux_loss or model.z_loss or model.tied or layout.pp * layout.cp > 1:
         return ""
-    return next((kind for kind, laws in KINDS.items() if law in laws), "")
+    found = next((kind for kind, laws in KINDS.items() if law in laws), "")
+    return "alone" if found == "gradients" and layout.world == 1 else found
 
 
 def script(case: Case, law: str, plants: tuple[str, ...] = (), sentence: str = "", seen_on: str = "") -> str:
@@ -105,6 +107,8 @@ def _words(case: Case, found: str) -> set[str]:
         "uninitialized": not case.switches.perform_initialization and found != "dispatch",
         "optimizer": not forward,
         "step_adam": found == "step" and optimizer == "adam",
+        "pre_softmax": not case.model.norm_topk_prob,
+        "post_softmax": case.model.norm_topk_prob,
     }
     return {found, optimizer} | {word for word, needed in wanted.items() if needed}
 
@@ -130,9 +134,12 @@ def _numbers(case: Case, found: str) -> dict[str, object]:
         "width": -(-(batch.prompt + batch.response) // layout.tp) * layout.tp,
         "pre_softmax": not model.norm_topk_prob,
         "dispatcher": case.switches.dispatcher,
-        "expected": {"gradients": "losses and gradients of one rank", "norm": "the norm", "step": "the formula"}.get(
-            found
-        ),
+        "expected": {
+            "gradients": "losses and gradients of one rank",
+            "alone": "losses and gradients",
+            "norm": "the norm",
+            "step": "the formula",
+        }.get(found),
     }
 
 
@@ -145,7 +152,8 @@ def _head(law: str, found: str, sentence: str, seen_on: str) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(" ".join(text.split()), WIDTH, max_lines=3, break_on_hyphens=False)
+    printable = "".join(c if c.isprintable() else " " for c in text)  # a NUL is no source
+    return textwrap.wrap(" ".join(printable.split()), WIDTH, max_lines=3, break_on_hyphens=False)
 
 
 def _with(body: str, plants: tuple[str, ...]) -> str:
@@ -154,7 +162,7 @@ def _with(body: str, plants: tuple[str, ...]) -> str:
     imports = "".join(f"from {module} import {name}  # planted on purpose\n" for module, name in named)
     calls = "".join(f"    {name}()\n" for _, name in named)
     body = body.replace("\nWORLD, ", f"{imports}\nWORLD, ", 1)
-    return body.replace("\n    platform()\n", f"\n    platform()\n{calls}", 1)
+    return body.replace("    dist.init_process_group(", f"{calls}    dist.init_process_group(", 1)
 
 
 def _literal(case: Case) -> str:

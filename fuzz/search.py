@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fuzz.case import Case, Violation
 from fuzz.folders import ROOT, Folders
-from fuzz.investigate import investigate
+from fuzz.investigate import AROUND, investigate
 from fuzz.progress import Watcher, layout_of
 from fuzz.report import Report
 from fuzz.timebox import Failure, TimeBox
@@ -29,6 +29,7 @@ class Row:
     diverges: str
     folder: str
     example: str
+    violation: str  # in full, of the smallest case
 
     def plain(self) -> dict[str, str]:
         """For the way between processes."""
@@ -49,7 +50,8 @@ class Row:
 class Search:
     """`name` and `cases` (how many are drawn) are shown on the console, if there is one when the first case comes.
 
-    `seconds`: for shrinking, all failures together; `root`: where `.fuzz` lies.
+    `seconds`: for shrinking, all failures together; at most half of that goes to the neighbours of each. `root`: where
+    `.fuzz` lies.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Search:
         self.folders = Folders(root / ROOT)
         self._best: dict[tuple[str, str], tuple[Failure, Path]] = {}
         self._name, self._cases, self._console, self._root = name, cases, console, root
+        self._around = min(AROUND, seconds / 2)
         self._watcher: Watcher | None = None
 
     def run(self, case: Case, judge: Callable[[Case], Violation | None]) -> None:
@@ -92,7 +95,7 @@ class Search:
             if row := known.get(self._short(folder)):
                 found.append((row, None))
                 continue
-            folder, report = investigate(failure, trials, self.folders)
+            folder, report = investigate(failure, trials, self.folders, self._around)
             found.append((self._row(failure, folder, report), report))
         return found
 
@@ -102,16 +105,22 @@ class Search:
 
     def _row(self, failure: Failure, folder: Path, report: Report | None = None) -> Row:
         violation = report.violation if report else failure.violation
-        again = "run again, it failed {} of {} times".format(*report.runs) if report else "interrupted: not run again"
         return Row(
             law=violation.law,
             layout=layout_of(violation.case),
-            found=f"smallest of {self.box.cases} cases; {again}",
+            found=f"smallest of {self.box.cases} cases; {_again(report)}",
             depends=report.neighbourhood if report else "",
             diverges=report.divergence if report else "",
             folder=self._short(folder),
             example=f"@example({violation.case!r})",
+            violation=str(violation).strip("\n"),
         )
 
     def _short(self, folder: Path) -> str:
         return str(folder.relative_to(self._root)) if folder.is_relative_to(self._root) else str(folder)
+
+
+def _again(report: Report | None) -> str:
+    if report is None:
+        return "interrupted: not run again"
+    return "run again, it failed {} of {} times".format(*report.runs) if report.runs[1] else "not run again"

@@ -45,7 +45,8 @@ class Trials:
         """Run a case, and its twin if it has one, and judge everything that was seen."""
         reference = self._reference(case)
         ranks, passing = self._ranks(case, reference, times_patience)
-        twin, also_passing = self._ranks(twin_of(case), reference, times_patience) if case.twin else ([], [])
+        run = case.twin and _done(ranks)  # where a rank was lost the twin would tell no more
+        twin, also_passing = self._ranks(twin_of(case), reference, times_patience) if run else ([], [])
         why, seconds = [*passing, *also_passing], _seconds(ranks, reference)
         if _starved([*ranks, *twin]):
             return Verdict(case, {}, None, why, False, {}, seconds)

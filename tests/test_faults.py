@@ -115,6 +115,7 @@ def test_a_fault_that_the_record_explains(faulty: Faulty, case: Case, fault: Fau
     [
         (AGAIN, Fault("kill", 1, "step 0", in_twin=True)),
         (OTHER, Fault("mismatch", 0, "collective 20", in_twin=True)),
+        (OTHER, Fault("kill", 1, "collective 20")),
         pytest.param(AGAIN, Fault("exception", 0, "collective 30"), marks=slow),
     ],
 )

@@ -22,6 +22,8 @@ EP2 = Case(layout=Layout(world=2, ep=2), batch=Batch(rows=2))
 ADAM = PPO(optimizer="adam", lr=0.01, weight_decay=0.1, max_norm=1.0, eps=1e-4)
 ETP = Case(layout=Layout(world=4, ep=2, etp=2), model=FOUR, batch=Batch(rows=4))
 TP = Case(layout=Layout(world=2, tp=2, etp=2), model=FOUR, batch=Batch(rows=2, prompt=3))
+SHARED = MoEModel(family="qwen2moe", experts=3, top_k=2, norm_topk_prob=True, hidden=8, heads=2, shared_ffn=3, layers=2)
+ALONE = Case(model=SHARED, batch=Batch(rows=3, prompt=4, response=3))
 GATHER = replace(ETP, switches=Switches(dispatcher="allgather"))
 
 
@@ -83,6 +85,7 @@ def test_a_whole_case_is_the_case(tmp_path: Path) -> None:
     [
         (EP2, DISPATCH, "as expected: every copy is delivered once"),
         (EP2, GRADIENTS, "as expected: losses and gradients of one rank"),
+        (ALONE, GRADIENTS, "as expected: losses and gradients"),
         pytest.param(replace(EP2, ppo=ADAM), NORM, "as expected: the norm", marks=pytest.mark.slow),
         pytest.param(replace(TP, ppo=ADAM), STEP, "holds: the optimizer does its formula", marks=pytest.mark.slow),
         pytest.param(Case(ppo=ADAM), STEP, "as expected: the formula", marks=pytest.mark.slow),
@@ -109,6 +112,7 @@ def test_healthy_cases_are_as_expected(tmp_path: Path, case: Case, law: str, say
             "toy_models.planted.dispatch:chunks_not_sorted_by_expert",
             "rank 1, expert 2: expected tokens [",
         ),
+        (ALONE, GRADIENTS, "toy_models.planted.dispatch:combine_overwrites_copies", "rank 0, losses: expected "),
     ],
 )
 def test_a_planted_bug_is_shown(tmp_path: Path, case: Case, law: str, plant: str, says: str) -> None:

@@ -1,5 +1,6 @@
 """The search of a test: verdicts recorded by case, a budget, the best so far on disk, one folder per failure."""
 
+import errno
 import gc
 import os
 import subprocess
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fuzz.case import Case, Violation, violation_of
+from fuzz import repro
+from fuzz.case import Case, HarnessFault, Violation, violation_of
 from fuzz.case_json import from_json
 from fuzz.folders import Folders, name
+from fuzz.investigate import investigate
 from fuzz.timebox import Failure, TimeBox
 from toy_models.spec import Batch, Layout
 
@@ -156,8 +159,48 @@ def test_what_cannot_be_written_is_said_once(tmp_path: Path) -> None:
     folders = Folders(tmp_path / "occupied")
     for _ in range(2):
         folders.keep(failure(SMALL))
+        folders.keep(failure(MIDDLE))
     [said] = folders.warnings
-    assert said.startswith(f"WARNING: {tmp_path}/occupied/every-copy-") and "(Not a directory)" in said
+    assert said.startswith(f"WARNING: {tmp_path}/occupied cannot be written (Not a directory)")
+
+
+def test_half_a_file_is_never_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills while a smaller case is written: what lay there stays, and nothing beside it."""
+    folders = Folders(tmp_path)
+    folder = folders.keep(failure(SMALL, first=MIDDLE))
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:9])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert folders.keep(failure(SMALL)) == folder and held(folder) == SMALL
+    assert {file.name for file in folder.iterdir()} == {"case.json", "original.json"}
+    assert len(folders.warnings) == 1 and "(No space left on device)" in folders.warnings[0]
+
+
+class Broken:
+    """Trials whose every case is a fault of the harness."""
+
+    plants = ()
+
+    def judge(self, case: Case, times_patience: float = 1.0) -> None:
+        raise HarnessFault("rank 0: its reply could not be written\nwith more below")
+
+    def traced(self, case: Case) -> None:
+        self.judge(case)
+
+
+def test_a_fault_of_the_harness_after_the_search_loses_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be found out is named, and the report is written all the same."""
+    monkeypatch.setattr(repro, "check", lambda *_: "exit code 0, []")
+    folder, report = investigate(failure(SMALL), Broken(), Folders(tmp_path), seconds=1.0)  # type: ignore[arg-type]
+    text, fault = (folder / "report.md").read_text(), "HarnessFault: rank 0: its reply could not be written"
+    assert held(folder) == SMALL and report.runs == (0, 0) and "Run again" not in text
+    assert f"Not found out: again: {fault}; diverge: {fault}; repro.py did not show the bug: exit code 0" in text
 
 
 # ---- the whole way, in a run of pytest -------------------------------------------------------------------------
@@ -221,13 +264,15 @@ def test_two_root_causes_of_one_law_are_two_failures(tmp_path: Path) -> None:
     causes = ["raised KeyError at megatron/core/", "raised ValueError at megatron/core/"]
     assert sorted(cause for cause in causes for report in reports if cause in report.splitlines()[0]) == causes
     assert all("## Every rank: last collective and stack" in report for report in reports)
+    shown = {line for line in said.splitlines() if line.startswith("@example")}
+    assert shown == {f"@example({held(folder)!r})" for folder in folders}
 
 
 def test_an_unwritable_folder_is_one_warning_and_the_report_is_printed(tmp_path: Path) -> None:
     (tmp_path / ".fuzz").write_text("in the way")
     code, said = run(tmp_path, "--plant", "toy_models.planted.liveness:starved_expert_raises", "--shrink-seconds=5")
     assert code == 1 and said.count("WARNING: ") == 1, said
-    assert "(Not a directory); it is printed here instead, the run goes on" in said
+    assert "(Not a directory); reports are printed here instead, the run goes on" in said
     assert "## Minimal case" in said and "## Environment" in said and "@example(Case(" in said
 
 
