@@ -62,7 +62,8 @@ def reference_follows_the_actor() -> None:
 
     def around(original: Callable, case: Any, roles: Any, *args: Any) -> Any:
         history = original(case, roles, *args)
-        roles["reference"].gpt.load_state_dict(roles["actor"].gpt.state_dict())
+        for copy, learned in zip(roles["reference"].gpts, roles["actor"].gpts, strict=True):
+            copy.load_state_dict(learned.state_dict())
         return history
 
     wrap(ppo, "update", around)
@@ -76,7 +77,8 @@ def critic_edits_the_reward_head() -> None:
     """
 
     def around(original: Callable, case: Any, roles: Any, *args: Any) -> Any:
-        roles["reward"].gpt.output_layer.weight.data.mul_(1.0 + 2.0**-20)
+        if roles["reward"].last:
+            roles["reward"].last.output_layer.weight.data.mul_(1.0 + 2.0**-20)
         return original(case, roles, *args)
 
     wrap(ppo, "update", around)
