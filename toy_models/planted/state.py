@@ -35,8 +35,8 @@ def data_before_tensor_in_the_order() -> None:
     """
 
     def around(original: Callable, *args: Any, **kwargs: Any) -> None:
-        assert "order" not in kwargs
-        original(*args, order="dp-ep-cp-tp-pp", **kwargs)
+        assert kwargs["order"] != "dp-ep-cp-tp-pp"
+        original(*args, **kwargs | {"order": "dp-ep-cp-tp-pp"})
 
     wrap(parallel_state, "initialize_model_parallel", around)
 
