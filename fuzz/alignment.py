@@ -1,8 +1,9 @@
 """Which part of a traced tensor of the reference a rank must hold, by row and position, and for experts copy by copy.
 
 Pure functions over a case, the partition and coordinates. Padding is aligned as any token: both sides give it the same
-tokens and route it. Only self-attention and the token logits are cut by features (heads, vocabulary) and see all
-positions; everything else sees a share of the positions under TP, which is sequence parallel then.
+tokens and route it. A rank has the modules of its pipeline stages and, under context parallelism, some of the
+positions. Of these self-attention, plain MLPs and the token logits see all and are cut by features (heads, width,
+vocabulary); everything else sees a share of them under TP, which is sequence parallel then.
 """
 
 from collections import Counter
@@ -13,19 +14,56 @@ import torch
 from fuzz import modules
 from fuzz.case import Case, Observation
 from fuzz.laws.compare import Step, rows_in
-from toy_models.batching import padded_width, partition
-from toy_models.coordinates import coordinates
+from toy_models.batching import chunk_positions, padded_width, partition
+from toy_models.coordinates import coordinates, is_first, is_last, layers_on
 
 FIRST = Step(0, 0, 0)
 
 
 def cut(case: Case, rank: int, role: str, module: str, truth: torch.Tensor) -> torch.Tensor:
     """The rows, positions and features [rows, S, F] of a tensor [R, W, F] that a rank holds."""
-    tp, part = coordinates(case.layout, rank).tp, truth[rows_in(case, rank, FIRST)]
+    at, tp = coordinates(case.layout, rank), case.layout.tp
+    part = truth[rows_in(case, rank, FIRST)][:, _positions(case, rank)]
     if module == "output_layer" and role == "critic":
         return part
+    if module.endswith(modules.HALVES):
+        return part.unflatten(2, (2, -1)).chunk(tp, dim=3)[at.tp].flatten(2)
+    if module.endswith(modules.BY_GROUP) and case.model.kv_heads < tp:
+        return part.chunk(case.model.kv_heads, dim=2)[at.tp * case.model.kv_heads // tp]
     by_feature = module == "output_layer" or module.endswith(modules.BY_FEATURE)
-    return part.chunk(case.layout.tp, dim=2 if by_feature else 1)[tp]
+    return part.chunk(tp, dim=2 if by_feature else 1)[at.tp]
+
+
+def holds(case: Case, rank: int, module: str) -> bool:
+    """Whether a module lies on the pipeline stages of a rank."""
+    layer = modules.layer_of(module)
+    if layer is not None:
+        return layer in layers_on(case.layout, case.model.layers, rank)
+    return is_first(case.layout, rank) if module == "embedding" else is_last(case.layout, rank)
+
+
+def sharing(case: Case, rank: int, module: str) -> list[int]:
+    """The ranks whose gradients add up to that of a module's output: TP ranks that share a query group, by its key."""
+    share = case.layout.tp // case.model.kv_heads
+    if not module.endswith(modules.BY_GROUP) or share <= 1:
+        return [rank]
+    here = coordinates(case.layout, rank)
+    places = {other: coordinates(case.layout, other) for other in range(case.layout.world)}
+    row = {other: at.tp // share for other, at in places.items() if at[1:4] == here[1:4]}  # of the same cp, dp and pp
+    return [other for other, group in row.items() if group == here.tp // share]
+
+
+def _positions(case: Case, rank: int) -> list[int]:
+    """The positions of a row that a rank has before sequence parallelism, in its order."""
+    cp = coordinates(case.layout, rank).cp
+    return chunk_positions(padded_width(case.layout, case.batch), case.layout.cp, cp)
+
+
+def _share(case: Case, rank: int) -> list[int]:
+    """The positions of a row that a rank has in the residual stream and sends to experts, in its order."""
+    positions, at = _positions(case, rank), coordinates(case.layout, rank)
+    size = len(positions) // case.layout.tp
+    return positions[at.tp * size : (at.tp + 1) * size]
 
 
 class Copy(NamedTuple):
@@ -48,9 +86,8 @@ def _copy(case: Case, micro: int, source: int, index: int, expert: int) -> Copy 
     if not 0 <= source < case.layout.world:
         return None
     at, rows = coordinates(case.layout, source), case.batch.micro_rows
-    share = padded_width(case.layout, case.batch) // case.layout.tp
     batch = partition(case.layout, case.batch, case.ppo).micro[0][at.dp][micro]
-    return Copy(batch[index % rows], at.tp * share + index // rows, expert)
+    return Copy(batch[index % rows], _share(case, source)[index // rows], expert)
 
 
 def due(case: Case, rank: int, chosen: torch.Tensor) -> set[Copy]:
@@ -61,15 +98,14 @@ def due(case: Case, rank: int, chosen: torch.Tensor) -> set[Copy]:
     here, local = coordinates(case.layout, rank), case.model.experts // case.layout.ep
     found = set()
     for source in range(case.layout.world):
-        if coordinates(case.layout, source).edp == here.edp:
+        at = coordinates(case.layout, source)
+        if (at.edp, at.pp) == (here.edp, here.pp):
             found |= {c for c in _sent(case, source, chosen) if c.expert // local == here.ep}
     return found
 
 
 def _sent(case: Case, source: int, chosen: torch.Tensor) -> set[Copy]:
-    share = padded_width(case.layout, case.batch) // case.layout.tp
-    first = coordinates(case.layout, source).tp * share
-    places = ((row, position) for row in rows_in(case, source, FIRST) for position in range(first, first + share))
+    places = ((row, position) for row in rows_in(case, source, FIRST) for position in _share(case, source))
     return {Copy(row, position, expert) for row, position in places for expert in chosen[row, position].tolist()}
 
 

@@ -24,7 +24,7 @@ MOST_OPERATIONS = 8
 def short(value: Any) -> str:
     """A dataclass as its constructor call without the fields that have their default."""
     if not is_dataclass(value):
-        return f"({', '.join(map(short, value))},)" if isinstance(value, tuple) else repr(value)
+        return f"({', '.join(map(short, value))}{',' * (len(value) == 1)})" if isinstance(value, tuple) else repr(value)
     shown = [f for f in fields(value) if getattr(value, f.name) != f.default]
     inside = ", ".join(f"{f.name}={short(getattr(value, f.name))}" for f in shown)
     return f"{type(value).__name__}({inside})"

@@ -13,9 +13,10 @@ import torch
 from fuzz import alignment, modules
 from fuzz.alignment import FIRST
 from fuzz.case import Case, Observation
-from fuzz.laws.compare import BOUNDS, FLOOR, TRAINED, bound_of, differs, rows_in, rows_of, scales, summands
+from fuzz.laws.compare import BOUNDS, FLOOR, TRAINED, bound_of, differs, rows_in, rows_of, scales, summands, trained
 from fuzz.laws.updates import _base
 from toy_models import weights
+from toy_models.coordinates import is_last
 
 FORWARD, BACKWARD, GRADIENTS, WEIGHTS = PHASES = ("forward", "backward", "parameter gradients", "updated weights")
 EXPERIENCE = ("old_logp", "ref_logp", "values", "scores", "rewards", "advantages", "returns")
@@ -85,17 +86,29 @@ def _worst(gaps: Iterable[Gap]) -> Gap | None:
 def _activation(case: Case, ranks: Sequence[Observation], truth: Observation, kind: str, role: str, name: str) -> Row:
     key, scale = f"{kind}/{role}/{name}", _scale(case, truth, kind, role, name)
     bound = bound_of(truth, key, BOUNDS[case.precision]["forward" if kind == FORWARD else "gradient"], scale)
-    gaps, notes = [], []
+    gaps: list[Gap | None] = []
+    notes = []
+    # DDP averages over DP and CP, so that each rank's loss, and what comes back from it, is that often its share.
+    times = case.layout.dp * case.layout.cp if kind == BACKWARD else 1
     for rank in ranks:
+        if not alignment.holds(case, rank.rank, name):
+            gaps.append(None)
+            continue
         due, note = _due(case, rank, truth, role, name, truth.tensors[key])
-        # DDP averages over DP, so that each rank's loss, and what comes back from it, is DP times its share.
-        mine, times = rank.tensors.get(key), case.layout.dp if kind == BACKWARD else 1
+        mine = _mine(case, ranks, rank, kind, key)
         gap = torch.inf if note and kind == FORWARD else _gap(mine, times * due, times * scale)
         gaps.append(None if gap is None else (gap, bound))
         if kind == BACKWARD:
             note = "its output carries no gradient" if name in rank.facts[f"{role}/detached"] else ""
         notes += [f"on rank {rank.rank}, {note}"] if note else []
     return _row(kind, f"{role}/{name}", gaps, "".join(notes[:1]))
+
+
+def _mine(case: Case, ranks: Sequence[Observation], rank: Observation, kind: str, key: str) -> torch.Tensor | None:
+    """What a rank has of a module; of a gradient that several ranks have parts of, their sum."""
+    several = alignment.sharing(case, rank.rank, key) if kind == BACKWARD else [rank.rank]
+    parts = [ranks[other].tensors[key] for other in several if key in ranks[other].tensors]
+    return torch.stack(parts).sum(0) if len(several) > 1 and len(parts) == len(several) else rank.tensors.get(key)
 
 
 def _due(
@@ -133,15 +146,15 @@ def _rollout(case: Case, ranks: Sequence[Observation], truth: Observation) -> It
 
 def _experience(case: Case, ranks: Sequence[Observation], truth: Observation) -> Iterator[Row]:
     for name in EXPERIENCE:
-        gaps = [_compared(case, truth, f"0/{name}", rank, rows_of(case, rank.rank)) for rank in ranks]
+        whole = truth.tensors[f"0/{name}"]
+        gaps = [_compared(case, truth, f"0/{name}", rank, whole[rows_of(case, rank.rank)]) for rank in ranks]
         yield _row(FORWARD, f"experience/{name}", gaps)
 
 
-def _compared(case: Case, truth: Observation, key: str, rank: Observation, held: list[int]) -> Gap:
-    whole = truth.tensors[key]
+def _compared(case: Case, truth: Observation, key: str, rank: Observation, due: torch.Tensor) -> Gap:
     # A log-prob is a difference of logits, a reward of scores: their rounding is that of numbers near 1.
-    scale = max(1.0, float(whole.abs().max()))
-    gap = _gap(rank.tensors.get(key), whole[held], scale)
+    scale = max(1.0, float(truth.tensors[key].abs().max()))
+    gap = _gap(rank.tensors.get(key), due, scale)
     return gap or 0.0, bound_of(truth, key, BOUNDS[case.precision]["forward"], scale)
 
 
@@ -152,10 +165,16 @@ def _losses(case: Case, ranks: Sequence[Observation], truth: Observation) -> Ite
         gaps = []
         for rank in ranks:
             found = [_number(case, truth, f"{FIRST.key}/{name}", rank, size) for name in names]
-            if role == "actor":
-                found.append(_compared(case, truth, f"{FIRST.key}/logp", rank, rows_in(case, rank.rank, FIRST)))
+            if role == "actor" and is_last(case.layout, rank.rank):
+                found.append(_log_probs(case, truth, rank))
             gaps.append(_worst(found))
         yield _row(FORWARD, f"{role}/loss", gaps)
+
+
+def _log_probs(case: Case, truth: Observation, rank: Observation) -> Gap:
+    """Of the tokens that the rank predicts: under context parallelism the others are zero."""
+    key, rows = f"{FIRST.key}/logp", rows_in(case, rank.rank, FIRST)
+    return _compared(case, truth, key, rank, truth.tensors[key][rows] * trained(case, rank.rank, rows))
 
 
 def _number(case: Case, truth: Observation, key: str, rank: Observation, floor: float, kind: str = "forward") -> Gap:

@@ -21,9 +21,9 @@ def weights(model: MoEModel) -> int:
     """Numbers in the weights of one role, token head and biases included."""
     heads, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
     attention = 2 * (heads + keys) * model.hidden + heads + 2 * keys + 2 * model.head_dim
-    experts = model.experts * (3 * model.ffn + 1) * model.hidden
-    shared = (3 * max(model.shared_ffn, model.dense_ffn) + 1) * model.hidden
-    return (2 * model.vocab + 1) * model.hidden + model.layers * (attention + experts + shared + 2 * model.hidden)
+    moe = (model.experts * (3 * model.ffn + 1) + 3 * model.shared_ffn + 1) * model.hidden
+    mlps = len(model.moe) * moe + len(model.dense) * 3 * model.dense_ffn * model.hidden
+    return (2 * model.vocab + 1) * model.hidden + model.layers * (attention + 2 * model.hidden) + mlps
 
 
 def _names(model: MoEModel) -> int:

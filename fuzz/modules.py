@@ -9,12 +9,18 @@ from toy_models.spec import MoEModel
 
 IN_LAYER = (
     "input_layernorm", "self_attention.linear_qkv", "self_attention.q_layernorm", "self_attention.k_layernorm",
-    "self_attention.core_attention", "self_attention", "pre_mlp_layernorm", "mlp.shared_experts", "mlp.router",
-    "mlp.token_dispatcher", "mlp.experts.linear_fc1", "mlp.experts.linear_fc2", "mlp",
+    "self_attention.core_attention", "self_attention", "pre_mlp_layernorm",
 )  # fmt: skip
+WITH_EXPERTS = (
+    "mlp.shared_experts", "mlp.router", "mlp.token_dispatcher", "mlp.experts.linear_fc1", "mlp.experts.linear_fc2",
+    "mlp",
+)  # fmt: skip
+DENSE = ("mlp.linear_fc1", "mlp")  # (what linear_fc2 puts out is what the mlp does)
 NORM = "gradient norm"  # no module, but what all of them together have
 DISPATCHER = "mlp.token_dispatcher"
 PER_COPY = (DISPATCHER, "mlp.experts.linear_fc1", "mlp.experts.linear_fc2")
+HALVES = "mlp.linear_fc1"  # cut over TP by features, the gate's and the up projection's apart
+BY_GROUP = "self_attention.k_layernorm"  # one query group of several TP ranks where there are fewer groups
 BY_FEATURE = ("linear_qkv", "q_layernorm", "k_layernorm", "core_attention")  # cut over TP by heads, not by position
 
 # Who reads what a module puts out, and so hands a gradient back to it; `+` is the layer that follows.
@@ -31,6 +37,7 @@ READERS = {
     "mlp.token_dispatcher": "mlp.experts",
     "mlp.experts.linear_fc1": "mlp.experts.linear_fc2",
     "mlp.experts.linear_fc2": "the combine of mlp.token_dispatcher",
+    "mlp.linear_fc1": "mlp.linear_fc2",
     "mlp.shared_experts": "mlp",
     "mlp": "the residual",
     "final_layernorm": "output_layer",
@@ -48,6 +55,8 @@ _PARAMETERS = {
     r".*\.self_attn\.o_proj\.weight": "self_attention",
     r".*\.post_attention_layernorm\.weight": "pre_mlp_layernorm",
     r".*\.mlp\.gate\.weight": "mlp.router",
+    r".*\.mlp\.(gate|up)_proj\.weight": "mlp.linear_fc1",
+    r".*\.mlp\.down_proj\.weight": "mlp",
     r".*\.mlp\.experts\.\d+\.(gate|up)_proj\.weight": "mlp.experts.linear_fc1",
     r".*\.mlp\.experts\.\d+\.down_proj\.weight": "mlp.experts.linear_fc2",
     r".*\.mlp\.shared_expert(_gate)?\..*weight": "mlp.shared_experts",
@@ -56,14 +65,24 @@ _PARAMETERS = {
 
 def names(model: MoEModel) -> list[str]:
     """All modules, first to last; a family without some of them has no tensors for them."""
-    inside = [f"layers.{i}{name}" for i in range(model.layers) for name in (*(f".{n}" for n in IN_LAYER), "")]
+    inside = [f"layers.{i}{name}" for i in range(model.layers) for name in (*(f".{n}" for n in _parts(model, i)), "")]
     return ["embedding", *inside, "final_layernorm", "output_layer"]
+
+
+def _parts(model: MoEModel, layer: int) -> tuple[str, ...]:
+    return (*IN_LAYER, *(DENSE if layer in model.dense else WITH_EXPERTS))
 
 
 def in_layer(module: str) -> tuple[str, str]:
     """`layers.3.mlp.router` as `layers.3` and `mlp.router`; outside of layers the first is empty."""
     found = re.fullmatch(r"(layers\.\d+)\.(.+)", module)
     return (found[1], found[2]) if found else ("", module)
+
+
+def layer_of(module: str) -> int | None:
+    """The index of the layer that a module is or lies in, or None."""
+    found = re.match(r"layers\.(\d+)", module)
+    return int(found[1]) if found else None
 
 
 def reader(model: MoEModel, module: str) -> str:

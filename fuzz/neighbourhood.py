@@ -102,10 +102,11 @@ def explore(
 
     `fails` is told the seconds left, and says whether a case breaks the same law (True), holds (False), or neither.
     """
-    until, most = time.monotonic() + seconds, max(max_ranks, case.layout.world)
+    beside, most = neighbours(case), max(max_ranks, case.layout.world)
+    until = time.monotonic() + seconds
     tried: list[tuple[Neighbour, bool | None]] = []
     untried: list[Neighbour] = []
-    for neighbour in neighbours(case):
+    for neighbour in beside:
         left = until - time.monotonic()
         if left > 0 and neighbour.case.layout.world <= most:
             tried.append((neighbour, fails(neighbour.case, left)))

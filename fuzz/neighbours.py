@@ -12,11 +12,13 @@ from typing import Any
 from fuzz.case import Case
 from fuzz.order import micro_batches
 from fuzz.space import EPSILONS, VALUES, WORLDS, rates, values_of
+from toy_models.coordinates import stages
+from toy_models.spec import Layout
 
 PARTS = ("layout", "model", "batch", "ppo", "switches")
 
 # Dimensions by the names that maintainers use, in the order of what tells most.
-LAYOUT = {"EP": "ep", "TP": "tp", "ETP": "etp", "ranks": "world"}
+LAYOUT = {"EP": "ep", "TP": "tp", "ETP": "etp", "PP": "pp", "VPP": "vpp", "CP": "cp", "ranks": "world"}
 SIZES = {
     "experts": "experts",
     "top-k": "top_k",
@@ -29,13 +31,16 @@ SIZES = {
     "epochs": "epochs",
     "seed": "seed",
 }
-SETTINGS = (*VALUES, "eps", "heads", "kv_heads", "ffn", "shared_ffn", "vocab")
+CUT = ("split", "dense", "group")  # of which there is no list: what is simplest, and what says most beside it
+WIDTHS = ("heads", "kv_heads", "ffn", "shared_ffn", "dense_ffn", "vocab")
+SETTINGS = (*VALUES, "eps", *CUT, *WIDTHS)
 DIMENSIONS = LAYOUT | SIZES | {name: name for name in SETTINGS}
 
 # The least value of what is counted, what it is a multiple of, and how many times at least.
 LEAST = {"experts": 2, "vocab": 8, "seed": 0}
 TIMES = {"ffn": 2, "shared_ffn": 2}
-STEP = {"experts": "ep", "kv_heads": "tp", "heads": "kv_heads", "ffn": "etp", "shared_ffn": "tp", "vocab": "tp"}
+STEP = {"experts": "ep", "ffn": "etp", "shared_ffn": "tp", "dense_ffn": "tp", "vocab": "tp"}
+EFFECT = {"order": "world", "p2p": "pp", "deallocate": "pp"}  # what must be above 1, else a setting does nothing
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def _neighbours(case: Case) -> Iterator[Neighbour]:
     values = _values(case)
     for dimension, field in DIMENSIONS.items():
         for direction, value in _next(field, values).items():
-            other = moved(case, **{field: value}, **_same_rate(case, field, value))
+            other = moved(case, **{field: value}, **_with(case, field, value))
             if other is not None:
                 yield Neighbour(dimension, direction, value, other, _along(case, other, field))
 
@@ -79,15 +84,56 @@ def _values(case: Case) -> dict[str, Any]:
 def _next(field: str, values: dict[str, Any]) -> dict[str, Any]:
     """The value before and the value after, as they would be drawn."""
     here = values[field]
-    if field in LAYOUT.values():
-        both = {"down": here // 2 if here % 2 == 0 else None, "up": here * 2 if here < WORLDS[-1] else None}
+    if field in LAYOUT.values() and field != "vpp":
+        both = {"down": here // (2 if here % 2 == 0 else 3) or None, "up": here * 2 if here < WORLDS[-1] else None}
     elif field in (*VALUES, "eps"):
         both = _listed(here, values_of(field, values["optimizer"], values["precision"]))
+    elif field == "kv_heads":
+        both = _heads_below_and_above(here, values["tp"])
     else:
-        step = values[STEP[field]] if field in STEP else 1
-        least = max(LEAST.get(field, 1), step * TIMES.get(field, 0))
-        both = {"down": here - step if here - step >= least else None, "up": here + step}
+        both = _cut(field, values) if field in CUT else _counted(field, values)
+    if field in EFFECT and values[EFFECT[field]] == 1:
+        both = both | {"up": None}
     return {direction: value for direction, value in both.items() if value is not None}
+
+
+def _counted(field: str, values: dict[str, Any]) -> dict[str, Any]:
+    here, step = values[field], _step(field, values)
+    down, least = (here - 1) // step * step, max(LEAST.get(field, 1), step * TIMES.get(field, 0))
+    return {"down": down if down >= least else None, "up": here // step * step + step}
+
+
+def _step(field: str, values: dict[str, Any]) -> int:
+    """What a number must be a multiple of."""
+    if field == "layers":
+        return int(values["pp"] * values["vpp"])
+    if field == "heads":
+        return lcm(values["kv_heads"], values["tp"])
+    return int(values[STEP[field]]) if field in STEP else 1
+
+
+def _heads_below_and_above(here: int, tp: int) -> dict[str, Any]:
+    """Query groups are a divisor or a multiple of TP."""
+    fewer, more = [n for n in range(1, tp) if tp % n == 0], range(tp, here + 2 * tp, tp)
+    every = [*fewer, *more]
+    return {"down": max((n for n in every if n < here), default=None), "up": min(n for n in every if n > here)}
+
+
+def _cut(field: str, values: dict[str, Any]) -> dict[str, Any]:
+    here = values[field]
+    if field == "split":
+        return {"down": None if here == "even" else "even", "up": None if here == "list" else "list"}
+    if field == "dense":
+        return {"down": () if here else None, "up": None if here else (0,)}
+    groups = [g for g in range(values["pp"], values["micro_batches"] + 1) if values["vpp"] > 1 and _groups(values, g)]
+    both = _listed(here or values["pp"], tuple(groups))
+    return {name: 0 if group == values["pp"] else group for name, group in both.items()}
+
+
+def _groups(values: dict[str, Any], group: int) -> bool:
+    """Whether the interleaved schedule can take the micro-batches in groups of so many."""
+    rest = values["micro_batches"] % group
+    return bool(values["pp"] <= group <= values["micro_batches"] and (rest == 0 or rest >= values["pp"]))
 
 
 def _listed(here: Any, bag: tuple[Any, ...]) -> dict[str, Any]:
@@ -100,16 +146,22 @@ def _listed(here: Any, bag: tuple[Any, ...]) -> dict[str, Any]:
 
 def moved(case: Case, **changes: Any) -> Case | None:
     """The case with fields changed and the rest fitted to them; None where that cannot be."""
+    few = "kv_heads" in changes or case.model.kv_heads < case.layout.tp
     try:
-        made = _made(case, _fitted(_values(case) | changes))
+        made = _made(case, _fitted(_values(case) | changes, few))
     except ValueError:
         return None
     kept = all(_values(made)[field] == value for field, value in changes.items())
     return made if kept and made != case else None
 
 
-def _same_rate(case: Case, field: str, value: Any) -> dict[str, Any]:
-    """What belongs to another optimizer or precision: the same place among its learning rates; an eps that it bears."""
+def _with(case: Case, field: str, value: Any) -> dict[str, Any]:
+    """What belongs to another optimizer or precision: the same place among its learning rates; an eps that it bears.
+
+    And to a list of stages, the layers of each as they are.
+    """
+    if field == "split" and value == "list":
+        return {"stages": stages(case.layout, case.model.layers)}
     if field == "precision" and case.ppo.eps not in EPSILONS[value]:
         return {"eps": EPSILONS[value][0]}
     if field != "optimizer":
@@ -119,20 +171,58 @@ def _same_rate(case: Case, field: str, value: Any) -> dict[str, Any]:
     return {"lr": same.get(lr, lr), "critic_lr": same.get(critic_lr, critic_lr), "momentum": 0.0}
 
 
-def _fitted(values: dict[str, Any]) -> dict[str, Any]:
-    """What must fit the layout, the family or one another, moved up to the next value that does."""
+def _fitted(values: dict[str, Any], few: bool) -> dict[str, Any]:
+    """What must fit the layout, the family or one another, moved up to the next value that does.
+
+    `few` allows fewer query groups than TP ranks.
+    """
     v = dict(values)
-    dense = v["tp"] * v["cp"] * v["pp"]
-    v["world"] = lcm(v["world"], dense, v["ep"] * v["etp"] * v["pp"])
+    dense, expert = v["tp"] * v["cp"] * v["pp"], v["ep"] * v["etp"] * v["pp"]
+    v["world"] = lcm(v["world"], dense, expert)
     for name, of in STEP.items():
         v[name] = _up_to(v[name], v[of])
+    if v["pp"] > 1 and dense != expert and not v["order"].endswith("-pp"):
+        v["order"] = Layout().order
+    _fit_pipeline(v)
+    _fit_heads(v, few)
+    _fit_family(v)
+    v["rows"] = v["micro_batches"] * v["mini_batches"] * (v["world"] // dense) * v["micro_rows"]
+    return v
+
+
+def _fit_pipeline(v: dict[str, Any]) -> None:
+    """Virtual stages, how the layers are cut and how micro-batches go through; a cut that fits no more becomes even."""
+    v["vpp"] = v["vpp"] if v["pp"] > 1 else 1
+    number = v["pp"] * v["vpp"]
+    if v["split"] == "even" or len(v["stages"]) != number or sum(v["stages"]) != v["layers"]:
+        v |= {"split": "even", "stages": (), "layers": _up_to(v["layers"], number)}
+    if v["vpp"] == 1:
+        return v.update(group=0, p2p="batched" if v["p2p"] == "batched" else "plain")
+    v["micro_batches"] = max(v["micro_batches"], v["pp"])
+    sizes = (v["group"] or v["pp"], *range(v["pp"], v["micro_batches"] + 1))
+    fits = next(group for group in sizes if _groups(v, group))
+    return v.update(group=fits if fits > v["pp"] else 0)
+
+
+def _fit_heads(v: dict[str, Any], few: bool) -> None:
+    tp = v["tp"]
+    cannot = v["kv_heads"] % tp and (not few or tp % v["kv_heads"])
+    v["kv_heads"] = _up_to(v["kv_heads"], tp) if cannot else v["kv_heads"]
+    v["heads"] = _up_to(v["heads"], _step("heads", v))
+    if (v["heads"] + 2 * v["kv_heads"]) * v["head_dim"] % tp:
+        v["kv_heads"] = _up_to(v["kv_heads"], tp)
+        v["heads"] = _up_to(v["heads"], v["kv_heads"])
+
+
+def _fit_family(v: dict[str, Any]) -> None:
     mixtral, qwen3 = v["family"] == "mixtral", v["family"] == "qwen3moe"
     v["top_k"] = max(1 + mixtral, min(v["top_k"], v["experts"]))
     v["norm_topk_prob"] = mixtral or (v["norm_topk_prob"] and v["top_k"] > 1)
     v["shared_ffn"] = (v["shared_ffn"] or 2 * v["tp"]) if v["family"] == "qwen2moe" else 0
     v["hidden"] = v["hidden"] if qwen3 else v["heads"] * v["head_dim"]
-    v["rows"] = v["micro_batches"] * v["mini_batches"] * (v["world"] // dense) * v["micro_rows"]
-    return v
+    within = [layer for layer in v["dense"] if layer < v["layers"]]
+    v["dense"] = () if mixtral else tuple(within[: v["layers"] - 1])
+    v["dense_ffn"] = (v["dense_ffn"] or 2 * v["tp"]) if v["dense"] else 0
 
 
 def _up_to(number: int, divisor: int) -> int:

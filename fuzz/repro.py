@@ -15,6 +15,7 @@ from string import Template
 
 from fuzz import commands
 from fuzz.case import Case, short
+from toy_models.spec import Layout
 
 PARTS = Path(__file__).parent / "scripts"
 TAG = re.compile(r"^(?P<code>.*?)\s*#\? (?P<word>\w+)$")
@@ -53,10 +54,12 @@ SAYS = {
 def kind(case: Case, law: str) -> str:
     """Which self-contained script a law has; empty where it needs the whole PPO step.
 
-    Balance losses are defined per micro-batch: one process that sees all rows at once has others.
+    Balance losses are defined per micro-batch: one process that sees all rows at once has others. Pipelines, context
+    parallelism, other orders of ranks, shared query groups and dense layers take more lines than a script has.
     """
     model, layout = case.model, case.layout
-    if model.aux_loss or model.z_loss or model.tied or layout.pp * layout.cp > 1:
+    apart = layout.pp * layout.cp > 1 or layout.order != Layout().order or model.kv_heads < layout.tp
+    if apart or model.aux_loss or model.z_loss or model.tied or model.dense:
         return ""
     found = next((kind for kind, laws in KINDS.items() if law in laws), "")
     return "alone" if found == "gradients" and layout.world == 1 else found
@@ -176,6 +179,6 @@ def _part(name: str, value: object) -> str:
     text = short(value).replace("'", '"')
     if len(text) + len(name) + 6 <= WIDTH + 1:
         return text
-    before, found, arguments = text.partition("(")
-    inner = "".join(f"        {argument},\n" for argument in arguments.rstrip(",)").split(", "))
-    return f"{before}{found}\n{inner}    )"
+    before, _, arguments = text.removesuffix(")").partition("(")
+    inner = "".join(f"        {argument},\n" for argument in re.split(r", (?=\w+[=(])", arguments))
+    return f"{before}(\n{inner}    )"

@@ -6,7 +6,7 @@ Knows case files and the formulas of `toy_models` that need the standard library
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ from fuzz.case import Case
 from fuzz.case_files import Found, find
 from fuzz.case_json import PARTS, to_json
 from toy_models.batching import padded_width, prompt_lengths, response_limits
-from toy_models.coordinates import GROUPS, Coordinates, coordinates, groups
+from toy_models.coordinates import GROUPS, Coordinates, chunks, coordinates, groups
 
 NARROWEST = 110  # characters; where the output is no terminal, nothing is cut to the 80 that are assumed then
 MEANINGS = {
     "dp": "data-parallel size of dense weights, world / (tp·cp·pp)",
     "edp": "data-parallel size of expert weights, world / (etp·ep·pp)",
     "experts per rank": "experts / ep",
-    "width": "tokens of a padded row: prompt + response, rounded up to a multiple of tp",
+    "width": "tokens of a padded row: prompt + response, up to a multiple of tp, of 2·cp·tp where cp > 1",
     "global batch": "tokens of an iteration, padding included: rows · width",
     "prompt tokens": "of all rows, drawn by the seed",
     "response tokens": "of all rows, at most",
@@ -64,7 +64,7 @@ def as_data(found: Found, case: Case) -> dict[str, Any]:
         "case": json.loads(to_json(case)),
         "derived": derived(case),
         "known": list(known.met(case)),
-        "ranks": [{"rank": rank, **place} for rank, place in enumerate(places)],
+        "ranks": [{"rank": rank, **place, "layers": _layers(case, rank)} for rank, place in enumerate(places)],
         "groups": {kind: groups(case.layout, kind) for kind in GROUPS},
         "example": example(case),
     }
@@ -104,7 +104,8 @@ def _fields(case: Case) -> Table:
 
 
 def _text(value: Any) -> str:
-    return " ".join(type(step).__name__ for step in value) if isinstance(value, tuple) else str(value)
+    parts = value if isinstance(value, tuple) else (value,)
+    return " ".join(type(part).__name__ if is_dataclass(part) else str(part) for part in parts) or "none"
 
 
 def _derived(case: Case) -> Table:
@@ -117,10 +118,20 @@ def _derived(case: Case) -> Table:
 
 
 def _places(case: Case) -> Table:
-    table = _table("where the ranks sit", "rank", *Coordinates._fields)
+    table = _table("where the ranks sit", "rank", *Coordinates._fields, "layers")
     for rank in range(case.layout.world):
-        table.add_row(str(rank), *map(str, coordinates(case.layout, rank)))
+        layers = " | ".join(_span(stage) for stage in _layers(case, rank))
+        table.add_row(str(rank), *map(str, coordinates(case.layout, rank)), layers)
     return table
+
+
+def _layers(case: Case, rank: int) -> list[list[int]]:
+    """The layers of each virtual stage of a rank, from 0."""
+    return [list(stage) for stage in chunks(case.layout, case.model.layers, rank)]
+
+
+def _span(layers: Sequence[int]) -> str:
+    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(*layers) or "none"
 
 
 def _groups(case: Case) -> Table:

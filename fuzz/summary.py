@@ -36,7 +36,8 @@ def count(tally: Tally, verdict: Verdict) -> None:
 
 def _name(case: Any) -> str:
     layout = case.layout
-    return f"{layout.world}: tp{layout.tp} ep{layout.ep} etp{layout.etp}"
+    stages = f"{layout.pp}x{layout.vpp}" if layout.vpp > 1 else str(layout.pp)
+    return f"{layout.world}: tp{layout.tp} pp{stages} cp{layout.cp} ep{layout.ep} etp{layout.etp}"
 
 
 def _add(tally: Tally, kind: str, numbers: Mapping[str, float]) -> None:

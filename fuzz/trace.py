@@ -22,7 +22,8 @@ STEP = "0/0"  # iteration 0, optimizer step 0
 EXPERIENCE = ("old_logp", "ref_logp", "values", "scores", "rewards", "advantages", "returns")
 IN_LAYER = (
     "input_layernorm", "self_attention.linear_qkv", "self_attention.q_layernorm", "self_attention.k_layernorm",
-    "self_attention.core_attention", "self_attention", "pre_mlp_layernorm", "mlp.router", "mlp.shared_experts", "mlp",
+    "self_attention.core_attention", "self_attention", "pre_mlp_layernorm", "mlp.router", "mlp.shared_experts",
+    "mlp.linear_fc1", "mlp",
 )  # fmt: skip
 Progress = Callable[[str], None]
 Forced = Mapping[tuple[int, int], int]  # (row, position) -> token
@@ -37,8 +38,8 @@ def step(progress: Progress, case: Case, near: Forced, responses_RT: torch.Tenso
     responses, and train actor and critic once on those.
 
     Keys: `0/tokens`, `0/mask` of the first rollout, the rest of `docs/ppo.md` of the second; `forward/ROLE/MODULE` and
-    `backward/ROLE/MODULE`, [rows, positions, features] or [copies, features]; `copies/ROLE/layers.i`. The facts
-    `ROLE/detached` name modules of which something carries no gradient.
+    `backward/ROLE/MODULE`, [rows, positions, features] or [copies, features], of the modules on this rank's stages;
+    `copies/ROLE/layers.i`. The facts `ROLE/detached` name modules of which something carries no gradient.
     """
     seen = Seen(progress)
     with precision.keep_float64(case.precision == "float64"):
@@ -81,10 +82,10 @@ def _watch(seen: Seen, moment: str, role: Role, step: int, numbers: Mapping[str,
     if moment == "gradients":
         return
     seen.numbers |= {f"{STEP}/{name}": value for name, value in numbers.items() if name != "reports"}
-    if role.name == "actor":
-        seen.tensors[f"{STEP}/logp"] = torch.cat([report["logp"] for report in numbers["reports"]])
-    else:
+    if role.name == "critic":
         raise _Enough
+    if role.last:
+        seen.tensors[f"{STEP}/logp"] = torch.cat([report["logp"] for report in numbers["reports"]])
 
 
 # ---- taps ------------------------------------------------------------------------------------------------------
@@ -93,22 +94,31 @@ def _watch(seen: Seen, moment: str, role: Role, step: int, numbers: Mapping[str,
 @contextlib.contextmanager
 def _tapped(role: Role, progress: Progress) -> Iterator[tuple[Taps, probe.Record]]:
     """Taps on all modules of a role, and the record of its routing, while the block runs."""
-    taps, gpt = Taps(lambda said: progress(f"{role.name} {said.split('/')[0]}")), role.gpt
-    modules = {"embedding": gpt.embedding, "final_layernorm": gpt.decoder.final_layernorm}
-    modules["output_layer"] = gpt.output_layer
-    for i, layer in enumerate(gpt.decoder.layers):
-        there = dict(layer.named_modules())
-        modules |= {f"layers.{i}": layer} | {f"layers.{i}.{name}": there[name] for name in IN_LAYER if name in there}
-        for j, expert in enumerate(layer.mlp.experts.local_experts):
-            modules |= {f"layers.{i}.mlp.experts.{fc}/{j}": getattr(expert, fc) for fc in ("linear_fc1", "linear_fc2")}
-    hooks = [_on_output(taps, name, module) for name, module in modules.items()]
-    hooks += [_on_dispatched(taps, i, layer.mlp.experts) for i, layer in enumerate(gpt.decoder.layers)]
+    taps = Taps(lambda said: progress(f"{role.name} {said.split('/')[0]}"))
+    hooks = [_on_output(taps, name, module) for name, module in _modules(role).items()]
+    hooks += [_on_dispatched(taps, i, layer.mlp.experts) for i, layer in role.moe_layers().items()]
     try:
         with probe.recording(role) as record:
             yield taps, record
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _modules(role: Role) -> dict[str, torch.nn.Module]:
+    """The modules of this rank's stages by name; what each of its experts does is told apart by a number."""
+    modules: dict[str, torch.nn.Module] = {}
+    if role.gpts[0].pre_process:
+        modules["embedding"] = role.gpts[0].embedding
+    if role.last:
+        modules |= {"final_layernorm": role.last.decoder.final_layernorm, "output_layer": role.last.output_layer}
+    for i, layer in role.layers().items():
+        there = dict(layer.named_modules())
+        modules |= {f"layers.{i}": layer} | {f"layers.{i}.{name}": there[name] for name in IN_LAYER if name in there}
+    for i, layer in role.moe_layers().items():
+        for j, expert in enumerate(layer.mlp.experts.local_experts):
+            modules |= {f"layers.{i}.mlp.experts.{fc}/{j}": getattr(expert, fc) for fc in ("linear_fc1", "linear_fc2")}
+    return modules
 
 
 def _on_output(taps: Taps, name: str, module: torch.nn.Module) -> Any:
@@ -133,10 +143,10 @@ def _named(role: Role, taps: Taps, record: probe.Record, rows: int) -> dict[str,
     for kind, kept in (("forward", taps.values), ("backward", taps.gradients)):
         for name in [name for name in kept if "/" not in name]:
             found[f"{kind}/{role.name}/{name}"] = torch.cat([_by_row(one, rows) for one in kept[name]])
-        for i in range(role.model.layers):
+        for i in role.moe_layers():
             copies = _copies(kept, f"layers.{i}.mlp.")
             found |= {f"{kind}/{role.name}/{name}": tensor for name, tensor in copies.items()}
-    found |= {f"copies/{role.name}/layers.{i}": _whence(role, i, record) for i in range(role.model.layers)}
+    found |= {f"copies/{role.name}/layers.{i}": _whence(role, i, record) for i in role.moe_layers()}
     return found
 
 

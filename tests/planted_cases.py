@@ -170,6 +170,14 @@ PLANTED: dict[str, tuple[Case, Law]] = {
         Case(layout=Layout(world=4, tp=2, etp=2), model=HEADS, batch=ROWS),
         state.ranks_sit_where_the_order_says,
     ),
+    "state:data_group_without_context_parallelism": (
+        Case(layout=Layout(world=2, cp=2, ep=2), batch=ROW),
+        state.every_group_is_what_the_order_says,
+    ),
+    "state:layers_numbered_from_1_on_every_stage": (
+        Case(layout=Layout(world=2, pp=2), model=MoEModel(layers=2)),
+        state.every_layer_is_there_once,
+    ),
     "state:rotary_base_of_another_family": (
         Case(batch=Batch(prompt=4)),
         forward.logits_match_the_reference,

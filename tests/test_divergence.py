@@ -29,6 +29,8 @@ HOLES = Batch(rows=8, prompt=2, response=3, holes=True, micro_rows=2, pad_is_eos
 ADAM = PPO(optimizer="adam", lr=0.03, critic_lr=0.03, eps=1e-2, weight_decay=0.1, max_norm=0.3, whiten=True)
 SGD = PPO(mini_batches=2, epochs=2, temperature=0.7, entropy_coef=0.1, kl_coef=0.1, gamma=0.9, lam=0.6)
 GATHER = Switches(dispatcher="allgather")
+DENSE = replace(QWEN3, dense=(0, 2), dense_ffn=6, layers=4)  # and fewer query groups than four TP ranks
+OVERLAPPED = Switches(p2p="overlapped", deallocate=True)
 LAYOUTS = {
     "world1": Layout(),
     "dp2": Layout(world=2),
@@ -39,6 +41,12 @@ LAYOUTS = {
     "tp2-ep2-dp2": Layout(world=4, tp=2, ep=2),
     "ep2-etp2": Layout(world=4, ep=2, etp=2),
     "ep4": Layout(world=4, ep=4),
+    "pp2": Layout(world=2, pp=2),
+    "cp2": Layout(world=2, cp=2, ep=2),
+    "pp2-cp2": Layout(world=4, pp=2, cp=2, order="cp-tp-ep-dp-pp"),
+    "pp2-vpp2": Layout(world=4, pp=2, vpp=2, ep=2, split="list", stages=(1, 0, 1, 2)),
+    "tp2-cp2": Layout(world=4, tp=2, cp=2, etp=4),
+    "tp4": Layout(world=4, tp=4, ep=2, order="dp-ep-cp-tp-pp"),
 }
 HEALTHY = {
     "world1": Case(model=MIXTRAL, batch=RAGGED, ppo=SGD),
@@ -50,6 +58,12 @@ HEALTHY = {
     "tp2-ep2-dp2": Case(layout=LAYOUTS["tp2-ep2-dp2"], model=QWEN2, batch=HOLES, ppo=ADAM),
     "ep2-etp2": Case(layout=LAYOUTS["ep2-etp2"], model=BALANCED, batch=replace(HOLES, rows=16), ppo=SGD),
     "ep4": Case(layout=LAYOUTS["ep4"], model=QWEN3, batch=RAGGED, program=(Rollout(), Update(), Rollout())),
+    "pp2": Case(layout=LAYOUTS["pp2"], model=QWEN2, batch=RAGGED, ppo=SGD),
+    "cp2": Case(layout=LAYOUTS["cp2"], model=BALANCED, batch=RAGGED, ppo=ADAM),
+    "pp2-cp2": Case(layout=LAYOUTS["pp2-cp2"], model=MIXTRAL, batch=HOLES, ppo=SGD),
+    "pp2-vpp2": Case(layout=LAYOUTS["pp2-vpp2"], model=DENSE, batch=HOLES, ppo=ADAM, switches=OVERLAPPED),
+    "tp2-cp2": Case(layout=LAYOUTS["tp2-cp2"], model=replace(DENSE, heads=2, tied=True), batch=RAGGED, ppo=SGD),
+    "tp4": Case(layout=LAYOUTS["tp4"], model=replace(DENSE, dense_ffn=8), batch=RAGGED, ppo=ADAM),
 }
 
 
@@ -102,6 +116,20 @@ def test_every_module_is_compared_in_every_phase(healthy: Trials) -> None:
         assert set(there[WEIGHTS]) == {f"{role}/{name}" for name in owners}
         assert set(there[GRADIENTS]) - set(there[WEIGHTS]) == {f"{role}/{modules.NORM}"}
     assert all(None not in row.differences for row in found.rows)
+
+
+def test_a_rank_is_compared_in_what_its_stages_have(healthy: Trials) -> None:
+    """The rank with the embedding has no head, and no layer is on two ranks; a tied embedding is on both."""
+    found = divergence.measure(healthy, HEALTHY["pp2"])
+    there = {f"{row.phase} {row.module}": [gap is not None for gap in row.differences] for row in found.rows}
+    first = ("embedding", "layers.0", "layers.0.mlp.router", "layers.0.mlp.token_dispatcher")
+    last = ("layers.1", "layers.1.mlp.experts.linear_fc1", "final_layernorm", "output_layer")
+    for phase in (FORWARD, BACKWARD):
+        assert all(there[f"{phase} critic/{name}"] == [True, False] for name in first)
+        assert all(there[f"{phase} actor/{name}"] == [False, True] for name in last)
+    assert there[f"{GRADIENTS} actor/embedding"] == [True, True]
+    assert there[f"{WEIGHTS} critic/embedding"] == there[f"{WEIGHTS} actor/layers.0.mlp.router"] == [True, False]
+    assert there[f"{FORWARD} actor/loss"] == [True, True]  # metrics are known to all stages
 
 
 # ---- what is planted is found where it is ----------------------------------------------------------------------
@@ -164,15 +192,15 @@ SECOND = {
 
 
 @pytest.mark.parametrize(
-    ("with_bug", "bug"),
-    [(f"tests.divergence_bugs:{bug}", bug) for bug in SECOND],
+    ("with_bug", "bug", "layout"),
+    [(f"tests.divergence_bugs:{bug}", bug, layout) for bug in SECOND for layout in ("ep4", "pp2")],
     indirect=["with_bug"],
-    ids=list(SECOND),
+    ids=[f"{bug}-{layout}" for bug in SECOND for layout in ("ep4", "pp2")],
 )
-def test_the_layer_and_the_one_rank_are_found(with_bug: Trials, bug: str) -> None:
+def test_the_layer_and_the_one_rank_are_found(with_bug: Trials, bug: str, layout: str) -> None:
     """What one expert of the second layer does wrong on rank 1 is found there, and its first layer is clean."""
     phase, module, said = SECOND[bug]
-    case = Case(layout=LAYOUTS["ep4"], model=QWEN3, batch=Batch(rows=4, prompt=4, response=4))
+    case = Case(layout=LAYOUTS[layout], model=QWEN3, batch=Batch(rows=4, prompt=4, response=4))
     found = divergence.measure(with_bug, case)
     assert found.first and (found.first.phase, found.first.module, found.first.above) == (phase, module, [1])
     assert said in found.sentence()

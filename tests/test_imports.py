@@ -36,12 +36,12 @@ REFERENCE = Row(
 )
 SYSTEM = Row(
     "torch.* torch.distributed.* megatron.core.* toy_models.spec toy_models.families toy_models.weights "
-    "toy_models.batching toy_models.coordinates toy_models.megatron_names "
+    "toy_models.batching toy_models.coordinates toy_models.megatron_names toy_models.attention "
     "toy_models.precision toy_models.megatron toy_models.ppo toy_models.planted.*"
 )
 PARENT = Row(
     "torch.* hypothesis.* pytest rich.* fuzz.case fuzz.case_json fuzz.strategies fuzz.forking fuzz.ranks fuzz.laws.* "
-    "fuzz.known fuzz.trial fuzz.summary fuzz.search toy_models.spec toy_models.weights"
+    "fuzz.known fuzz.space fuzz.trial fuzz.summary fuzz.search toy_models.spec toy_models.weights"
 )
 TABLE = {
     "conftest": PARENT,
@@ -64,7 +64,9 @@ TABLE = {
     "fuzz.truth_trace": Row("torch.* fuzz.case fuzz.truth toy_models.reference_trace"),
     "fuzz.modules": Row("toy_models.spec"),
     "fuzz.alignment": Row("torch.* fuzz.case fuzz.modules fuzz.laws.* toy_models.batching toy_models.coordinates"),
-    "fuzz.differences": Row("torch.* fuzz.case fuzz.alignment fuzz.modules fuzz.laws.* toy_models.weights"),
+    "fuzz.differences": Row(
+        "torch.* fuzz.case fuzz.alignment fuzz.modules fuzz.laws.* toy_models.coordinates toy_models.weights"
+    ),
     "fuzz.divergence": Row("torch.* fuzz.case fuzz.alignment fuzz.differences fuzz.modules fuzz.laws.* fuzz.trial"),
     "fuzz.heatmap": Row("matplotlib.* numpy fuzz.differences fuzz.divergence"),
     "fuzz.forking": Row("fuzz.case"),
@@ -90,7 +92,7 @@ TABLE = {
     "fuzz.progress": Row("rich.* fuzz.case fuzz.timebox"),
     "fuzz.report": Row("fuzz.case fuzz.laws"),
     "fuzz.commands": Row(),
-    "fuzz.repro": Row("fuzz.case fuzz.commands"),
+    "fuzz.repro": Row("fuzz.case fuzz.commands toy_models.spec"),
     "fuzz.search": Row(
         "rich.* fuzz.case fuzz.folders fuzz.investigate fuzz.progress fuzz.report fuzz.timebox fuzz.trial"
     ),
@@ -100,7 +102,7 @@ TABLE = {
     ),
     "fuzz.space": Row("fuzz.case toy_models.spec"),
     "fuzz.order": Row("fuzz.case fuzz.space"),
-    "fuzz.neighbours": Row("fuzz.case fuzz.order fuzz.space"),
+    "fuzz.neighbours": Row("fuzz.case fuzz.order fuzz.space toy_models.coordinates toy_models.spec"),
     "fuzz.neighbourhood": Row("fuzz.case fuzz.neighbours fuzz.order"),
     "fuzz.strategies": Row("hypothesis.* fuzz.case fuzz.space toy_models.spec"),
     "fuzz.summary": Row("rich.* fuzz.known fuzz.laws fuzz.strategies fuzz.trial"),
@@ -108,6 +110,7 @@ TABLE = {
     "fuzz.trial": Row("fuzz.case fuzz.laws.* fuzz.ranks toy_models.batching toy_models.spec"),
     "fuzz.truth": Row("torch.* fuzz.case toy_models.reference"),
     "toy_models": Row(),
+    "toy_models.attention": Row("torch.* megatron.core.* toy_models.batching"),
     "toy_models.families": Row("torch.* transformers.* toy_models.spec"),
     "toy_models.megatron": SYSTEM,
     "toy_models.planted.*": SYSTEM,

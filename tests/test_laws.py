@@ -27,6 +27,7 @@ IMPLIED = (updates.gradient_norm_matches_the_reference, updates.weights_and_mome
 GROUPED = MoEModel(heads=4, kv_heads=2, experts=4, top_k=2, norm_topk_prob=True, vocab=12)
 SHARED = MoEModel(family="qwen2moe", heads=2, kv_heads=2, experts=3, top_k=2, shared_ffn=4, tied=True)
 MIXTRAL = MoEModel(family="mixtral", heads=2, kv_heads=2, top_k=2, norm_topk_prob=True, layers=2)
+DENSE = replace(GROUPED, layers=4, dense=(1,), dense_ffn=3)
 SKEWED = MoEModel(experts=4, skew=4.0, aux_loss=0.3, z_loss=0.1)
 ADAM = PPO(optimizer="adam", lr=0.03, critic_lr=0.03, eps=1e-2, mini_batches=2, weight_decay=0.1, max_norm=0.3)
 SGD = PPO(mini_batches=2, epochs=2, momentum=0.9, temperature=0.7, entropy_coef=0.1, kl_coef=0.1, whiten=True)
@@ -48,6 +49,10 @@ HEALTHY = (
     Case(layout=Layout(world=2, tp=2, ep=2), model=GROUPED, batch=HOLES, ppo=ADAM),
     Case(layout=Layout(world=4, ep=2, etp=2), model=GROUPED, batch=RAGGED),
     Case(layout=Layout(world=4, tp=2, ep=2), model=GROUPED, batch=RAGGED, ppo=ADAM),
+    Case(layout=Layout(world=2, pp=2), model=MIXTRAL, batch=RAGGED, switches=Switches(deallocate=True)),
+    Case(layout=Layout(world=2, cp=2), model=SKEWED, batch=HOLES, ppo=ADAM),
+    Case(layout=Layout(world=4, pp=2, vpp=2), model=DENSE, batch=RAGGED, switches=Switches(p2p="overlapped")),
+    Case(layout=Layout(world=4, cp=2, tp=2, order="cp-tp-ep-dp-pp"), model=replace(GROUPED, kv_heads=1), batch=HOLES),
 )
 
 
@@ -154,4 +159,4 @@ def test_every_planted_bug_says_what_breaks_where_from_and_the_smallest_layout()
     for name, bug in _bugs().items():
         what, where, minimal = [line for line in inspect.getdoc(bug).splitlines() if line]
         assert what.endswith(".") and where.endswith("."), name
-        assert re.fullmatch(r"minimal: world=\d( (tp|ep|etp)=\d)*", minimal), name
+        assert re.fullmatch(r"minimal: world=\d( (tp|pp|cp|ep|etp)=\d)*", minimal), name

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,12 +11,12 @@ from hypothesis import given, settings
 from fuzz import forking, known
 from fuzz.case import Case
 from fuzz.neighbourhood import Neighbourhood, explore
-from fuzz.neighbours import DIMENSIONS, LAYOUT, SIZES, Neighbour, neighbours, value_of
+from fuzz.neighbours import DIMENSIONS, LAYOUT, PARTS, SIZES, Neighbour, neighbours, value_of
 from fuzz.order import size
 from fuzz.space import VALUES, all_layouts
 from fuzz.strategies import cases
 from fuzz.trial import Trials
-from toy_models.spec import PPO, Batch, Layout, MoEModel
+from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
 EP = Case(layout=Layout(world=2, ep=2), batch=Batch(rows=2))
 BUSY = Case(
@@ -92,7 +93,7 @@ def test_every_neighbour_is_where_it_says_and_every_step_is_back_to_back(case: C
 def test_a_neighbour_has_values_that_are_drawn(case: Case) -> None:
     """Layouts that there are, settings that the strategies have."""
     for each in neighbours(case):
-        layout = each.case.layout
+        layout = replace(each.case.layout, vpp=1, order=Layout().order, split="even", stages=())
         assert layout in all_layouts(layout.world) or layout.world > 8
         if each.dimension in VALUES and not each.dimension.endswith("lr"):
             assert each.value in VALUES[each.dimension]
@@ -113,8 +114,18 @@ def test_a_neighbour_has_values_that_are_drawn(case: Case) -> None:
         ("family", None, replace(EP, model=MoEModel(family="qwen2moe", hidden=4, shared_ffn=2))),
         ("optimizer", None, replace(EP, ppo=PPO(optimizer="adam", lr=0.1 * 0.3, critic_lr=0.1 * 0.3))),
         ("precision", None, replace(EP, precision="float32", ppo=PPO(eps=1e-3))),
+        ("PP", None, replace(EP, layout=Layout(world=4, ep=2, pp=2), model=MoEModel(layers=2))),
+        ("CP", None, Case(layout=Layout(world=2, ep=2, cp=2))),
+        ("VPP", None, None),
+        ("order", None, replace(EP, layout=Layout(world=2, ep=2, order="tp-cp-ep-pp-dp"))),
+        ("dense", None, None),
+        ("kv_heads", None, replace(EP, model=MoEModel(heads=2, kv_heads=2))),
         ("norm_topk_prob", None, None),
         ("eps", None, None),
+        ("p2p", None, None),
+        ("deallocate", None, None),
+        ("split", None, None),
+        ("group", None, None),
     ],
 )  # fmt: skip
 def test_what_hangs_on_a_dimension_moves_along_and_nothing_else(
@@ -122,6 +133,57 @@ def test_what_hangs_on_a_dimension_moves_along_and_nothing_else(
 ) -> None:
     found = {direction: each.case for direction, each in beside(EP, dimension).items()}
     assert found == {name: case for name, case in (("down", down), ("up", up)) if case is not None}
+
+
+PIPED = Case(
+    layout=Layout(world=6, pp=2, vpp=2, cp=3, split="list", stages=(1, 0, 2, 1)),
+    model=MoEModel(layers=4, dense=(0, 3), dense_ffn=3),
+    batch=Batch(rows=5),
+    switches=Switches(p2p="flushed", deallocate=True, group=3),
+)
+
+
+@pytest.mark.parametrize(
+    ("dimension", "down", "up"),
+    [
+        ("PP", {"pp": 1, "vpp": 1, "split": "even", "stages": (), "p2p": "plain", "group": 0, "rows": 10},
+               {"world": 12, "pp": 4, "layers": 8, "split": "even", "stages": (), "group": 5}),
+        ("VPP", {"vpp": 1, "split": "even", "stages": (), "p2p": "plain", "group": 0},
+                {"vpp": 3, "layers": 6, "split": "even", "stages": ()}),
+        ("CP", {"cp": 1, "rows": 15}, {"cp": 6, "world": 12}),
+        ("ranks", None, {"world": 12, "rows": 10}),
+        ("layers", None, {"layers": 8, "split": "even", "stages": ()}),
+        ("micro-batches", {"rows": 4, "group": 0}, {"rows": 6}),
+        ("rows per micro-batch", None, {"rows": 10, "micro_rows": 2}),
+        ("split", {"split": "even", "stages": ()}, None),
+        ("dense", {"dense": (), "dense_ffn": 0}, None),
+        ("dense_ffn", {"dense_ffn": 2}, {"dense_ffn": 4}),
+        ("group", None, {"group": 5}),
+        ("p2p", {"p2p": "overlapped"}, None),
+        ("deallocate", {"deallocate": False}, None),
+        ("order", None, None),
+    ],
+)  # fmt: skip
+def test_what_belongs_to_pipelines_moves_along(dimension: str, down: dict | None, up: dict | None) -> None:
+    """A cut that no longer fits becomes even; layers, groups of micro-batches and messages follow the stages."""
+    found = {name: _differing(PIPED, each.case) for name, each in beside(PIPED, dimension).items()}
+    assert found == {name: changes for name, changes in (("down", down), ("up", up)) if changes is not None}
+
+
+def _differing(case: Case, other: Case) -> dict[str, Any]:
+    pairs = ((getattr(case, part), getattr(other, part)) for part in PARTS)
+    both = ((f.name, getattr(a, f.name), getattr(b, f.name)) for a, b in pairs for f in fields(a))
+    return {name: after for name, before, after in both if after != before}
+
+
+def test_query_groups_stay_shared_where_they_are_and_whole_where_they_are_not() -> None:
+    """Moving TP says nothing about sharing a group between ranks, which has a dimension of its own."""
+    whole = Case(layout=Layout(world=2, tp=2), model=MoEModel(heads=2, kv_heads=2))
+    shared = replace(whole, model=MoEModel(heads=4, kv_heads=1))
+    assert beside(whole, "TP")["up"].case.model.kv_heads == 4
+    assert beside(shared, "TP")["up"].case.model.kv_heads == 1
+    assert beside(whole, "kv_heads")["down"].case.model == MoEModel(heads=2, kv_heads=1)
+    assert beside(shared, "kv_heads")["up"].case.model == MoEModel(heads=4, kv_heads=2)
 
 
 def test_a_busy_case_has_a_neighbour_below_in_all_that_is_above_its_least() -> None:
@@ -139,7 +201,7 @@ def test_a_busy_case_has_a_neighbour_below_in_all_that_is_above_its_least() -> N
 def test_values_that_are_never_drawn_go_down_to_the_simplest() -> None:
     strange = Case(layout=Layout(world=3, ep=3), model=MoEModel(experts=3, aux_loss=0.7), batch=Batch(rows=3))
     assert beside(strange, "aux_loss")["down"].value == 0.0
-    assert [each.case.layout.ep for each in beside(strange, "EP").values()] == [6]
+    assert [each.case.layout.ep for each in beside(strange, "EP").values()] == [1, 6]
 
 
 # ---- the sentence and the table --------------------------------------------------------------------------------
@@ -151,8 +213,8 @@ def around(fails: Callable[[Case], bool | None], case: Case = EP, **kwargs: floa
 
 def test_a_bug_of_one_degree_is_told_in_one_sentence() -> None:
     assert around(lambda case: case.layout.ep > 1).sentence() == (
-        "fails for EP=2 and EP=4, holds for EP=1; independent of TP, ETP, ranks, experts, top-k, layers, "
-        "micro-batches, rows per micro-batch, prompt, response, mini-batches, epochs, seed and all 29 settings"
+        "fails for EP=2 and EP=4, holds for EP=1; independent of TP, ETP, PP, CP, ranks, experts, top-k, layers, "
+        "micro-batches, rows per micro-batch, prompt, response, mini-batches, epochs, seed and all 30 settings"
     )
 
 
@@ -162,8 +224,8 @@ def test_each_dimension_that_matters_is_told_and_the_rest_is_counted() -> None:
     assert found.sentence().split("; ") == [
         "fails for EP=1 and EP=2, holds for EP=4",
         "fails for max_norm=0.3, holds for max_norm=0.0 and max_norm=1.0",
-        "independent of ETP, ranks, experts, top-k, layers, micro-batches, rows per micro-batch, prompt, response, "
-        "mini-batches, epochs, seed and the other 28 settings",
+        "independent of ETP, PP, CP, ranks, experts, top-k, layers, micro-batches, rows per micro-batch, prompt, "
+        "response, mini-batches, epochs, seed and the other 29 settings",
         "unclear for TP=2",
     ]
     assert found.smaller == replace(case, layout=Layout(world=2))
@@ -190,17 +252,17 @@ def test_what_does_not_fit_into_the_time_is_said() -> None:
     found = explore(EP, slow, seconds=0.12)
     assert len(told) == 3 and 0.12 >= told[0] > told[1] > told[2] > 0
     assert found.sentence().startswith(
-        "fails for EP=2 and EP=4, holds for EP=1; independent of TP; not tried: ETP, ranks,"
+        "fails for EP=2 and EP=4, holds for EP=1; independent of TP; not tried: ETP, PP, CP,"
     )
-    assert found.sentence().endswith("seed and all 29 settings")
+    assert found.sentence().endswith("seed and all 30 settings")
     assert len(found.untried) == len(neighbours(EP)) - 3
     assert "| ranks |  | 2 | 4: not tried |" in found.table()
 
 
 def test_neighbours_on_more_ranks_than_allowed_are_not_tried() -> None:
     found = around(lambda case: case.layout.ep > 1, max_ranks=2)
-    assert found.sentence().startswith("fails for EP=2, holds for EP=1; independent of TP, experts,")
-    assert found.sentence().endswith("not tried: EP=4 (4 ranks), ETP and ranks")
+    assert found.sentence().startswith("fails for EP=2, holds for EP=1; independent of TP, CP, experts,")
+    assert found.sentence().endswith("not tried: EP=4 (4 ranks), ETP, PP and ranks")
 
 
 def test_no_smaller_neighbour_means_none() -> None:

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,8 +13,10 @@ from fuzz import known
 from fuzz.__main__ import main
 from fuzz.case import Case, Rollout, Update
 from fuzz.case_json import to_json
+from fuzz.space import VALUES
 from fuzz.strategies import all_layouts
 from toy_models import coordinates, weights
+from toy_models.batching import chunk_positions
 from toy_models.coordinates import GROUPS, groups
 from toy_models.spec import PPO, Batch, Layout, MoEModel
 
@@ -66,7 +70,17 @@ def test_what_follows_from_the_sizes(path: Path, capsys: pytest.CaptureFixture[s
         "micro-batches per rank": 1,
         "optimizer steps": 4,
     }
-    assert one["ranks"][3] == {"rank": 3, "tp": 1, "cp": 0, "dp": 1, "pp": 0, "etp": 0, "ep": 3, "edp": 0}
+    assert one["ranks"][3] == {
+        "rank": 3,
+        "tp": 1,
+        "cp": 0,
+        "dp": 1,
+        "pp": 0,
+        "etp": 0,
+        "ep": 3,
+        "edp": 0,
+        "layers": [[0]],
+    }
     assert one["groups"]["tp"] == [[0, 1], [2, 3]] and one["groups"]["ep"] == [[0, 1, 2, 3]]
     assert one["case"] == json.loads(to_json(CASE)) and one["path"] == str(path) and one["known"] == []
 
@@ -75,7 +89,18 @@ def test_groups_as_a_person_reads_them(path: Path, capsys: pytest.CaptureFixture
     found = rows(shown(path, capsys))
     assert ["tp", "2", "{0,1}", "{2,3}"] in found and ["dp", "2", "{0,2}", "{1,3}"] in found
     assert ["edp", "1", "every", "rank", "by", "itself"] in found
-    assert ["3", "1", "0", "1", "0", "0", "3", "0"] in found
+    assert ["3", "1", "0", "1", "0", "0", "3", "0", "0"] in found
+
+
+def test_stages_as_a_person_reads_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which layers each rank has, virtual stage by virtual stage; lists of numbers, and that there are none."""
+    layout = Layout(world=4, pp=2, cp=2, vpp=2, split="list", stages=(2, 1, 0, 1))
+    case = Case(layout=layout, model=MoEModel(layers=4, dense=(0, 3), dense_ffn=2), batch=Batch(rows=2))
+    (tmp_path / "piped.json").write_text(to_json(case))
+    found = rows(shown(tmp_path / "piped.json", capsys))
+    assert ["1", "0", "1", "0", "0", "0", "0", "1", "0-1", "|", "none"] in found
+    assert ["2", "0", "0", "0", "1", "0", "0", "0", "2", "|", "3"] in found
+    assert ["stages", "2", "1", "0", "1", "none"] in found and ["dense", "0", "3", "none"] in found
 
 
 def test_the_last_line_pastes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,20 +155,61 @@ PIPELINES = (
     Layout(world=16, cp=2, pp=4, ep=4),
     Layout(world=12, tp=3, pp=2, ep=6),
 )
-LAYOUTS = [layout for world in (1, 2, 4, 8) for layout in all_layouts(world)] + list(PIPELINES)
+PLAIN = [layout for world in (1, 2, 3, 4, 6, 8) for layout in all_layouts(world)] + list(PIPELINES)
+LAYOUTS = [
+    replace(layout, order=order)
+    for order in VALUES["order"]
+    for layout in PLAIN
+    if order.endswith("-pp") or layout.pp == 1 or layout.dp == layout.edp
+]
+THEIRS = {"etp": "tp", "ep": "ep", "etp-ep": "tp-ep", "etp-ep-pp": "tp-ep-pp", "edp": "dp"}  # of the expert side
 
 
 def test_groups_are_those_of_megatron() -> None:
-    """megatron's own generator of ranks, for every kind of group of every layout of up to 8 ranks, and some with PP."""
+    """megatron's own generator of ranks, for every kind of group of every layout of up to 8 ranks, in every order."""
     from megatron.core.parallel_state import RankGenerator
 
     for layout in LAYOUTS:
-        dense = RankGenerator(layout.tp, 1, layout.dp, layout.pp, layout.cp, "tp-cp-ep-dp-pp")
-        expert = RankGenerator(layout.etp, layout.ep, layout.edp, layout.pp, 1, "tp-cp-ep-dp-pp")
-        theirs = {"etp": "tp", "ep": "ep", "etp-ep": "tp-ep", "edp": "dp"}
+        dense = RankGenerator(layout.tp, 1, layout.dp, layout.pp, layout.cp, layout.order)
+        expert = RankGenerator(layout.etp, layout.ep, layout.edp, layout.pp, 1, layout.order)
         for kind in GROUPS:
-            made = expert.get_ranks(theirs[kind]) if kind in theirs else dense.get_ranks(kind)
-            assert sorted(made) == groups(layout, kind), (layout, kind)
+            made = expert.get_ranks(THEIRS[kind]) if kind in THEIRS else dense.get_ranks(kind)
+            assert sorted(made) == sorted(groups(layout, kind)), (layout, kind)
+
+
+@pytest.mark.parametrize(
+    ("layout", "layers", "held"),
+    [
+        (Layout(world=2, pp=2), 4, [((0, 1),), ((2, 3),)]),
+        (Layout(world=2, pp=2, vpp=2), 4, [((0,), (2,)), ((1,), (3,))]),
+        (Layout(world=2, pp=2, split="ends", stages=(1, 3)), 4, [((0,),), ((1, 2, 3),)]),
+        (Layout(world=2, pp=2, vpp=2, split="list", stages=(0, 2, 1, 0)), 3, [((), (2,)), ((0, 1), ())]),
+        (Layout(world=4, pp=2, split="both", stages=(1, 1), order="pp-dp-ep-cp-tp"), 2, [((0,),), ((1,),)] * 2),
+    ],
+)
+def test_stages_go_around_the_ranks(layout: Layout, layers: int, held: list) -> None:
+    """Once per virtual stage; each layer is on one stage, and the ends hold embedding and head."""
+    assert [coordinates.chunks(layout, layers, rank) for rank in range(layout.world)] == held
+    for rank in range(layout.world):
+        flat = tuple(layer for stage in held[rank] for layer in stage)
+        assert coordinates.layers_on(layout, layers, rank) == flat
+        place = coordinates.coordinates(layout, rank).pp
+        assert (coordinates.is_first(layout, rank), coordinates.is_last(layout, rank)) == (place == 0, place == 1)
+
+
+@pytest.mark.parametrize("cp", [1, 2, 3, 4])
+def test_context_parallel_ranks_share_the_positions(cp: int) -> None:
+    """Each position once, as megatron's own slicing has it: chunk c and its mirror, equal work under a causal mask."""
+    import torch
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    width, found = 24, [chunk_positions(24, cp, rank) for rank in range(cp)]
+    assert sorted(at for some in found for at in some) == list(range(width))
+    for rank, some in enumerate(found):
+        group = SimpleNamespace(size=lambda: cp, rank=lambda rank=rank: rank)
+        theirs = get_batch_on_this_cp_rank({"tokens": torch.arange(width)[None]}, cp_group=group)["tokens"]
+        assert theirs.flatten().tolist() == some
+    assert len({sum(at + 1 for at in some) for some in found}) == 1
 
 
 def test_every_kind_of_group_is_a_partition() -> None:

@@ -18,15 +18,15 @@ from fuzz import case_files, forking, memory
 from fuzz.__main__ import main
 from fuzz.case import Case
 from fuzz.case_files import Found, find
-from fuzz.case_json import from_json, to_json
+from fuzz.case_json import SCHEMA, from_json, to_json
 from fuzz.strategies import cases
 from fuzz.trial import Trials
 from tests.mutations import mutant
 from toy_models import weights
-from toy_models.spec import MOST, PPO, Batch, Layout, MoEModel
+from toy_models.spec import MOST, PPO, Batch, Layout, MoEModel, Switches
 
 ROOT = Path(__file__).parent.parent
-KEPT = Path(__file__).parent / "data" / "case_schema_1.json"
+KEPT = Path(__file__).parent / "data" / f"case_schema_{SCHEMA}.json"
 
 
 # ---- ten thousand mutated files --------------------------------------------------------------------------------
@@ -232,6 +232,18 @@ LARGE = {
     ),
     "vocabulary": Case(model=MoEModel(vocab=1024), batch=Batch(rows=8, micro_rows=8, prompt=120, response=2)),
     "names": Case(model=MoEModel(experts=128, layers=2)),
+    "stages": Case(
+        layout=Layout(world=2, pp=2, vpp=2),
+        model=MoEModel(experts=16, hidden=64, ffn=64, layers=4, dense=(1,), dense_ffn=512),
+        batch=Batch(rows=4),
+        ppo=PPO(optimizer="adam"),
+        switches=Switches(p2p="overlapped"),
+    ),
+    "context": Case(
+        layout=Layout(world=2, cp=2),
+        model=MoEModel(layers=2, experts=4, top_k=2, hidden=32, heads=4, kv_heads=1, head_dim=16, ffn=64),
+        batch=Batch(rows=16, micro_rows=16, prompt=120, response=2),
+    ),
 }
 
 
@@ -256,7 +268,7 @@ def _peaks() -> dict[int, int]:
 def test_the_bound_is_above_what_is_used(trials: Trials, name: str) -> None:
     """Large in one dimension: by what each process grows, in peak, is less than it is said to work with and observe."""
     case = LARGE[name]
-    trials.judge(Case())
+    trials.judge(Case(layout=Layout(world=case.layout.world), batch=Batch(rows=case.layout.world)))
     before = _peaks()
     assert trials.judge(case).violation is None
     grown = {pid: peak - before[pid] for pid, peak in _peaks().items() if pid in before}

@@ -18,6 +18,15 @@ Kinds = dict[str, Tensors]  # of each kind, tensors [R, W, ...] by name
 PLAIN = ("input_layernorm", "pre_mlp_layernorm", "mlp")
 
 
+def dense_layer(model: MoEModel, seen: Kinds) -> Kinds:
+    """All modules of a layer without experts; linear_fc1 has the gate's features first."""
+    found = {kind: _attention(model, seen[kind]) for kind in KINDS}
+    for kind in KINDS:
+        found[kind]["mlp.linear_fc1"] = torch.cat([seen[kind]["gate"], seen[kind]["up"]], -1)
+        found[kind] |= {name: seen[kind][name] for name in PLAIN}
+    return found
+
+
 def layer(model: MoEModel, seen: Kinds, chosen: torch.Tensor, experts: Tensors, parts: int) -> Kinds:
     """All modules of a layer. `chosen` [R, W, K]; `experts` has gate_up_proj [E, 2F, H] and down_proj [E, H, F].
 

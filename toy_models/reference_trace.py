@@ -33,6 +33,8 @@ _IN_LAYER = {
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
     "pre_mlp_layernorm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
     "experts": "mlp.experts",
     "shared": "mlp.shared_expert",
     "shared_gate": "mlp.shared_expert_gate",
@@ -49,8 +51,8 @@ def run(
     """Rollout and first step; {"tensors", "numbers"} under the keys of `docs/ppo.md`, and for each module of a role
 
     `forward/ROLE/MODULE` and `backward/ROLE/MODULE`, [R, W, F] or as `reference_packing.layer` says;
-    `chosen/ROLE/layers.i` [R, W, K] has the experts. `nudge` and `dtype` as in `reference.run`; `given` are tokens and
-    mask that force the rollout.
+    `chosen/ROLE/layers.i` [R, W, K] has the experts, where there are any. `nudge` and `dtype` as in `reference.run`;
+    `given` are tokens and mask that force the rollout.
     """
     with keep_float64():
         now = reference._start(case, nudge, dtype)
@@ -88,9 +90,9 @@ def _tapped(model: MoEModel) -> Iterator[Taps]:
     there = dict(module.named_modules())
     hooks = [_on_output(taps, name, there[path]) for name, path in paths.items() if path in there]
     for i, layer in enumerate(module.layers):
-        hooks += [_on_router(taps, i, layer.mlp.gate)]
         hooks += [_on_input(taps, f"layers.{i}.self_attention.core_attention", layer.self_attn.o_proj)]
-        hooks += [_on_input(taps, f"layers.{i}.dispatched", layer.mlp.experts)]
+        if i in model.moe:
+            hooks += [_on_router(taps, i, layer.mlp.gate), _on_input(taps, f"layers.{i}.dispatched", layer.mlp.experts)]
     try:
         yield taps
     finally:
@@ -129,11 +131,18 @@ def _named(case: Any, role: str, taps: Taps, leaves: Tensors, rows: int, width: 
         found |= {f"{kind}/{role}/{name}": seen[kind][name] for name in outside}
     for i in range(case.model.layers):
         here = {kind: _below(seen[kind], f"layers.{i}.") for kind in KINDS}
-        chosen, experts = here["forward"]["chosen"], _below(leaves, f"model.layers.{i}.mlp.experts.")
-        found[f"chosen/{role}/layers.{i}"] = chosen
-        for kind, named in packing.layer(case.model, here, chosen, experts, case.layout.etp).items():
+        if i in case.model.moe:
+            found[f"chosen/{role}/layers.{i}"] = here["forward"]["chosen"]
+        for kind, named in _layer(case, i, here, leaves).items():
             found |= {f"{kind}/{role}/layers.{i}.{name}": tensor for name, tensor in named.items()}
     return found
+
+
+def _layer(case: Any, i: int, here: packing.Kinds, leaves: Tensors) -> packing.Kinds:
+    if i in case.model.dense:
+        return packing.dense_layer(case.model, here)
+    experts = _below(leaves, f"model.layers.{i}.mlp.experts.")
+    return packing.layer(case.model, here, here["forward"]["chosen"], experts, case.layout.etp)
 
 
 def _joined(passes: list[torch.Tensor], rows: int, width: int) -> torch.Tensor:

@@ -166,7 +166,7 @@ def gradients_not_zeroed() -> None:
     volcengine/verl#5105 and NVIDIA/Megatron-LM#6871: stale gradients.
     minimal: world=1
     """
-    rewrite(ppo, "_train", ("role.module.zero_grad_buffer()", "pass"))
+    rewrite(ppo, "_train", ("chunk.zero_grad_buffer()", "pass"))
 
 
 def only_experts_are_clipped() -> None:

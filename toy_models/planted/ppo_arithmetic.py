@@ -4,11 +4,13 @@ The first line says what breaks, the second where it comes from, the third the s
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from toy_models import batching, ppo
 from toy_models.planted.rewrite import rewrite, wrap
@@ -56,7 +58,7 @@ def log_probs_without_temperature() -> None:
     volcengine/verl#3133, commit 5deb8cc9a.
     minimal: world=1
     """
-    rewrite(ppo, "token_logp", ("(logits_RWV / temperature)", "logits_RWV"))
+    rewrite(ppo, "token_logp", ("(logits_RCV / temperature)", "logits_RCV"))
 
 
 def labels_are_not_shifted() -> None:
@@ -74,8 +76,8 @@ def update_without_temperature() -> None:
     volcengine/verl#3133, commit 5deb8cc9a, in the other pass.
     minimal: world=1
     """
-    old = "token_logp(batch, logits_RWV, ppo.temperature)"
-    rewrite(ppo, "_actor_loss", (old, "token_logp(batch, logits_RWV, 1.0)"))
+    old = "token_logp(batch, logits_RCV, ppo.temperature)"
+    rewrite(ppo, "_actor_loss", (old, "token_logp(batch, logits_RCV, 1.0)"))
     ppo.LOSSES["actor"] = ppo._actor_loss
 
 
@@ -98,17 +100,17 @@ def log_sum_exp_from_the_own_maximum_on() -> None:
     wrap(ppo, "token_logp", _own_log_probs)
 
 
-def _own_log_probs(original: Callable, batch: Any, logits_RWV: torch.Tensor, temperature: float) -> torch.Tensor:
+def _own_log_probs(original: Callable, batch: Any, logits_RCV: torch.Tensor, temperature: float) -> torch.Tensor:
     if torch.is_grad_enabled():
-        return original(batch, logits_RWV, temperature)  # type: ignore[no-any-return]
-    group, scaled = parallel_state.get_tensor_model_parallel_group(), logits_RWV / temperature
+        return original(batch, logits_RCV, temperature)  # type: ignore[no-any-return]
+    group, scaled = parallel_state.get_tensor_model_parallel_group(), logits_RCV / temperature
     parts = [torch.empty_like(scaled) for _ in range(group.size())]
     dist.all_gather(parts, scaled.contiguous(), group=group)
     top = scaled.amax(-1, keepdim=True)
     total = sum((part - top).exp().sum(-1, keepdim=True) for part in parts)
-    logp_RWV = torch.cat(parts, -1) - top - torch.log(total)  # type: ignore[arg-type]
-    labels = batch.tokens_RW.roll(-1, dims=1)[..., None]
-    return torch.where(batch.mask_RT, logp_RWV.gather(2, labels).squeeze(2).gather(1, batch.states_RT), 0.0)
+    logp_RCV = torch.cat(parts, -1) - top - torch.log(total)  # type: ignore[arg-type]
+    labels = get_batch_on_this_cp_rank({"labels": batch.tokens_RW.roll(-1, dims=1)})["labels"]
+    return ppo._at_states(batch, logp_RCV.gather(2, labels[..., None]).squeeze(2))
 
 
 # ---- values, rewards, advantages -------------------------------------------------------------------------------
@@ -120,7 +122,12 @@ def values_one_late() -> None:
     volcengine/verl#1850, commit aa11dd19b: the critic's mask off by one.
     minimal: world=1
     """
-    rewrite(ppo, "token_values", ("batch.states_RT)", "batch.states_RT + 1)"))
+
+    def around(original: Callable, batch: Any, output_RC1: torch.Tensor) -> torch.Tensor:
+        own, index = ppo._own(batch, batch.states_RT + 1)
+        return torch.where(batch.mask_RT & own, output_RC1.squeeze(-1).gather(1, index), 0.0)
+
+    wrap(ppo, "token_values", around)
 
 
 def values_not_masked() -> None:
@@ -129,8 +136,11 @@ def values_not_masked() -> None:
     alibaba/ROLL#447, volcengine/verl#50, commit c7534db2d.
     minimal: world=1
     """
-    old = "torch.where(batch.mask_RT, output_RW1.squeeze(-1).gather(1, batch.states_RT), 0.0)"
-    rewrite(ppo, "token_values", (old, "output_RW1.squeeze(-1).gather(1, batch.states_RT)"))
+
+    def around(original: Callable, batch: Any, output_RC1: torch.Tensor) -> torch.Tensor:
+        return original(replace(batch, mask_RT=torch.ones_like(batch.mask_RT)), output_RC1)  # type: ignore[no-any-return]
+
+    wrap(ppo, "token_values", around)
 
 
 def scores_read_at_padding() -> None:
@@ -139,8 +149,12 @@ def scores_read_at_padding() -> None:
     volcengine/verl#1411, commit a43ead6f8: the wrong tokens are scored.
     minimal: world=1
     """
-    old = "(batch.prompts_R + batch.responses_R - 1)[:, None]"
-    rewrite(ppo, "last_score", (old, "torch.full_like(batch.prompts_R, batch.tokens_RW.shape[1] - 1)[:, None]"))
+
+    def around(original: Callable, batch: Any, output_RC1: torch.Tensor) -> torch.Tensor:
+        whole = torch.full_like(batch.responses_R, batch.tokens_RW.shape[1])
+        return original(replace(batch, responses_R=whole - batch.prompts_R), output_RC1)  # type: ignore[no-any-return]
+
+    wrap(ppo, "last_score", around)
 
 
 def kl_penalty_is_a_bonus() -> None:

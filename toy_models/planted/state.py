@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer import transformer_layer
 
 from toy_models import families, ppo
 from toy_models.planted.rewrite import wrap
@@ -34,10 +35,32 @@ def data_before_tensor_in_the_order() -> None:
     """
 
     def around(original: Callable, *args: Any, **kwargs: Any) -> None:
-        assert "order" not in kwargs
-        original(*args, order="dp-ep-cp-tp-pp", **kwargs)
+        assert kwargs["order"] != "dp-ep-cp-tp-pp"
+        original(*args, **kwargs | {"order": "dp-ep-cp-tp-pp"})
 
     wrap(parallel_state, "initialize_model_parallel", around)
+
+
+def data_group_without_context_parallelism() -> None:
+    """The group over data and context parallelism is asked for and the data-parallel one given.
+
+    volcengine/verl#5983 and NovaSky-AI/SkyRL#1420: one of the two groups taken for the other.
+    minimal: world=2 cp=2
+    """
+
+    def around(original: Callable, with_context_parallel: bool = False, partial_data_parallel: bool = False) -> Any:
+        return original(with_context_parallel=partial_data_parallel, partial_data_parallel=partial_data_parallel)
+
+    wrap(parallel_state, "get_data_parallel_group", around)
+
+
+def layers_numbered_from_1_on_every_stage() -> None:
+    """Layers of later stages have the numbers of those of the first: their balance losses share its slots.
+
+    Adapted from NVIDIA/Megatron-LM#1584: a wrong offset of the layers of a stage.
+    minimal: world=2 pp=2
+    """
+    wrap(transformer_layer, "get_transformer_layer_offset", lambda original, *args, **kwargs: 0)
 
 
 def rotary_base_of_another_family() -> None:
@@ -62,7 +85,8 @@ def reference_follows_the_actor() -> None:
 
     def around(original: Callable, case: Any, roles: Any, *args: Any) -> Any:
         history = original(case, roles, *args)
-        roles["reference"].gpt.load_state_dict(roles["actor"].gpt.state_dict())
+        for copy, learned in zip(roles["reference"].gpts, roles["actor"].gpts, strict=True):
+            copy.load_state_dict(learned.state_dict())
         return history
 
     wrap(ppo, "update", around)
@@ -76,7 +100,8 @@ def critic_edits_the_reward_head() -> None:
     """
 
     def around(original: Callable, case: Any, roles: Any, *args: Any) -> Any:
-        roles["reward"].gpt.output_layer.weight.data.mul_(1.0 + 2.0**-20)
+        if roles["reward"].last:
+            roles["reward"].last.output_layer.weight.data.mul_(1.0 + 2.0**-20)
         return original(case, roles, *args)
 
     wrap(ppo, "update", around)
