@@ -183,6 +183,8 @@ def _fitted(values: dict[str, Any], few: bool) -> dict[str, Any]:
         v[name] = _up_to(v[name], v[of])
     if v["pp"] > 1 and dense != expert and not v["order"].endswith("-pp"):
         v["order"] = Layout().order
+    if v["tp"] > 1 and not v["order"].startswith("tp-"):
+        v["groups"] = "global" if v["groups"] == "global" else "explicit"
     _fit_pipeline(v)
     _fit_heads(v, few)
     _fit_family(v)

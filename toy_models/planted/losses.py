@@ -84,8 +84,7 @@ def metrics_of_the_own_rank() -> None:
     volcengine/verl#2259, commit 6d9ac2f7b: a part reported for the whole.
     minimal: world=2
     """
-    old = "parallel_state.get_data_parallel_group(with_context_parallel=True)"
-    rewrite(ppo, "_metrics", (old, "parallel_state.get_context_parallel_group()"))
+    rewrite(ppo, "_metrics", ("role.groups.dp_cp if", "role.groups.cp if"))
 
 
 def one_epoch_whatever_is_asked() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from toy_models import batching, ppo
@@ -103,13 +102,14 @@ def log_sum_exp_from_the_own_maximum_on() -> None:
 def _own_log_probs(original: Callable, batch: Any, logits_RCV: torch.Tensor, temperature: float) -> torch.Tensor:
     if torch.is_grad_enabled():
         return original(batch, logits_RCV, temperature)  # type: ignore[no-any-return]
-    group, scaled = parallel_state.get_tensor_model_parallel_group(), logits_RCV / temperature
+    group, scaled = batch.groups.tp, logits_RCV / temperature
     parts = [torch.empty_like(scaled) for _ in range(group.size())]
     dist.all_gather(parts, scaled.contiguous(), group=group)
     top = scaled.amax(-1, keepdim=True)
     total = sum((part - top).exp().sum(-1, keepdim=True) for part in parts)
     logp_RCV = torch.cat(parts, -1) - top - torch.log(total)  # type: ignore[arg-type]
-    labels = get_batch_on_this_cp_rank({"labels": batch.tokens_RW.roll(-1, dims=1)})["labels"]
+    labels = {"labels": batch.tokens_RW.roll(-1, dims=1)}
+    labels = get_batch_on_this_cp_rank(labels, cp_group=batch.groups.cp, **ppo.NO_HYBRID)["labels"]
     return ppo._at_states(batch, logp_RCV.gather(2, labels[..., None]).squeeze(2))
 
 
@@ -185,11 +185,11 @@ def whitened_per_dp_rank() -> None:
     minimal: world=2
     """
 
-    def around(original: Callable, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def around(original: Callable, advantages: torch.Tensor, *others: Any) -> torch.Tensor:
         whole = ppo._global_sum
-        ppo._global_sum = torch.sum  # type: ignore[assignment]
+        ppo._global_sum = lambda tensor, _dp: tensor.sum()
         try:
-            return original(advantages, mask)  # type: ignore[no-any-return]
+            return original(advantages, *others)  # type: ignore[no-any-return]
         finally:
             ppo._global_sum = whole
 
@@ -202,5 +202,6 @@ def whitening_mean_unmasked() -> None:
     NovaSky-AI/SkyRL#1305 and #1782.
     minimal: world=1
     """
-    old = "mean = _global_sum(torch.where(mask_RT, advantages_RT, 0.0)) / count"
-    rewrite(ppo, "whiten", (old, "mean = _global_sum(advantages_RT) / _global_sum(torch.ones_like(advantages_RT))"))
+    old = "mean = _global_sum(torch.where(mask_RT, advantages_RT, 0.0), dp) / count"
+    new = "mean = _global_sum(advantages_RT, dp) / _global_sum(torch.ones_like(advantages_RT), dp)"
+    rewrite(ppo, "whiten", (old, new))

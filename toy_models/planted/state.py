@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer import transformer_layer
 
 from toy_models import families, ppo
-from toy_models.planted.rewrite import wrap
+from toy_models.planted.rewrite import rewrite, wrap
 
 
 def dp_rank_from_the_expert_group() -> None:
@@ -20,11 +20,8 @@ def dp_rank_from_the_expert_group() -> None:
     pytorch/torchtitan#2842: a rank taken from the wrong group.
     minimal: world=2
     """
-
-    def around(original: Callable, *args: Any, **kwargs: Any) -> int:
-        return parallel_state.get_expert_model_parallel_rank()  # type: ignore[no-any-return]
-
-    wrap(parallel_state, "get_data_parallel_rank", around)
+    for name in ("_prompts", "_passes", "update"):
+        rewrite(ppo, name, ("groups.dp.rank()", "groups.ep.rank()"))
 
 
 def data_before_tensor_in_the_order() -> None:
