@@ -25,7 +25,7 @@ from fuzz import forking, known
 from fuzz.case import Case, Violation
 from fuzz.neighbours import moved, neighbours
 from fuzz.order import size
-from fuzz.space import all_layouts, complexity, worlds
+from fuzz.space import NAMED, all_layouts, complexity, worlds
 from fuzz.strategies import cases
 from fuzz.timebox import Failure, TimeBox
 from fuzz.trial import Trials
@@ -127,7 +127,7 @@ def smaller_layouts(layout: Layout) -> list[Layout]:
 
 def tried_on(layout: Layout, case: Case, number: int) -> Iterator[Case]:
     """The case itself on another layout, under three seeds, and drawn cases of it."""
-    degrees: dict[str, Any] = {name: getattr(layout, name) for name in ("world", "tp", "ep", "etp")}
+    degrees: dict[str, Any] = {name: getattr(layout, name) for name in ("world", *NAMED)}
     yield from filter(None, (moved(case, **degrees, seed=case.seed + i) for i in range(3)))
     yield from drawn(degrees, number)
 
@@ -150,7 +150,7 @@ def drawn(degrees: dict[str, Any], number: int) -> list[Case]:
 
 
 def short(layout: Layout) -> str:
-    names = ("world", "tp", "ep", "etp")
+    names = ("world", *NAMED)
     return " ".join(f"{name}={getattr(layout, name)}" for name in names if name == "world" or getattr(layout, name) > 1)
 
 

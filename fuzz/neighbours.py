@@ -56,7 +56,7 @@ class Neighbour:
 
 def value_of(case: Case, dimension: str) -> Any:
     """Where a case stands in a dimension."""
-    return _values(case)[DIMENSIONS[dimension]]
+    return flat(case)[DIMENSIONS[dimension]]
 
 
 def neighbours(case: Case) -> list[Neighbour]:
@@ -65,15 +65,15 @@ def neighbours(case: Case) -> list[Neighbour]:
 
 
 def _neighbours(case: Case) -> Iterator[Neighbour]:
-    values = _values(case)
+    here = flat(case)
     for dimension, field in DIMENSIONS.items():
-        for direction, value in _next(field, values).items():
+        for direction, value in _next(field, here).items():
             other = moved(case, **{field: value}, **_with(case, field, value))
             if other is not None:
                 yield Neighbour(dimension, direction, value, other, _along(case, other, field))
 
 
-def _values(case: Case) -> dict[str, Any]:
+def flat(case: Case) -> dict[str, Any]:
     """Every field of a case under its name. Rows as micro-batches, which a layout does not change."""
     parts = [getattr(case, part) for part in PARTS]
     flat = {f.name: getattr(part, f.name) for part in parts for f in fields(part)}
@@ -144,15 +144,21 @@ def _listed(here: Any, bag: tuple[Any, ...]) -> dict[str, Any]:
     return {"down": bag[place - 1] if place else None, "up": bag[place + 1] if place + 1 < len(bag) else None}
 
 
-def moved(case: Case, **changes: Any) -> Case | None:
-    """The case with fields changed and the rest fitted to them; None where that cannot be."""
+def fitted(case: Case, **changes: Any) -> Case | None:
+    """The case with fields changed, as far as they fit, and the rest fitted to them; None where that cannot be."""
     few = "kv_heads" in changes or case.model.kv_heads < case.layout.tp
     try:
-        made = _made(case, _fitted(_values(case) | changes, few))
+        made = _made(case, _fitted(flat(case) | changes, few))
     except ValueError:
         return None
-    kept = all(_values(made)[field] == value for field, value in changes.items())
-    return made if kept and made != case else None
+    return made if made != case else None
+
+
+def moved(case: Case, **changes: Any) -> Case | None:
+    """As `fitted`; None also where a change does not fit."""
+    made = fitted(case, **changes)
+    kept = made is not None and all(flat(made)[field] == value for field, value in changes.items())
+    return made if kept else None
 
 
 def _with(case: Case, field: str, value: Any) -> dict[str, Any]:
@@ -242,5 +248,5 @@ def _remade(part: Any, values: dict[str, Any]) -> Any:
 
 def _along(case: Case, other: Case, field: str) -> tuple[tuple[str, Any], ...]:
     """What else differs and can be named; rows follow from the layout."""
-    before, after = _values(case), _values(other)
+    before, after = flat(case), flat(other)
     return tuple((name, after[name]) for name in after if after[name] != before[name] and name not in (field, "rows"))

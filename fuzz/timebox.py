@@ -1,8 +1,9 @@
 """One test's search for the smallest failure: verdicts recorded by case, a budget of seconds, and the best so far.
 
-Hypothesis stops shrinking by itself only after minutes. Once the budget is spent, cases that were not seen pass unrun,
-and recorded ones repeat their verdict, so that Hypothesis ends with the smallest that it has. Knows no pytest, no
-Hypothesis, no files.
+Hypothesis stops shrinking by itself only after minutes, and shrinks one choice after another: so the first failing case
+of a kind is made smaller by leaps (`fuzz.descent`), and Hypothesis has the rest of the budget. Once that is spent, unseen
+cases pass unrun, and recorded ones repeat their verdict, so that Hypothesis ends with the smallest that it has. Knows no
+pytest, no Hypothesis, no files.
 """
 
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from fuzz.case import Case, Violation
+from fuzz.descent import smallest
 from fuzz.order import size
 
 
@@ -39,6 +41,7 @@ class TimeBox:
         self._verdicts: dict[Case, tuple[Violation, TracebackType | None] | None] = {}
         self._first: dict[tuple[str, str], Case] = {}
         self._until = float("inf")
+        self._descended: set[tuple[str, str]] = set()
 
     def left(self) -> float:
         """Seconds of the budget that are left; infinite while nothing has failed."""
@@ -50,6 +53,7 @@ class TimeBox:
             if not self.left():
                 return
             self._record(case, judge(case))
+            self._descend(case, judge)
         if found := self._verdicts[case]:
             violation, where = found
             raise violation.with_traceback(where)
@@ -62,6 +66,25 @@ class TimeBox:
             self._verdicts[case] = violation, violation.__traceback__
             self._until = min(self._until, time.monotonic() + self._seconds)
             self._compare(violation)
+
+    def _descend(self, case: Case, judge: Callable[[Case], Violation | None]) -> None:
+        """From the first case of a failure go down by leaps, for at most half of what is left of the budget."""
+        found = self._verdicts[case]
+        identity = found and (found[0].law, found[0].cause)
+        if identity is None or identity in self._descended:
+            return
+        self._descended.add(identity)
+        until = time.monotonic() + self.left() / 2
+
+        def fails(other: Case) -> bool | None:
+            if time.monotonic() > until:
+                return None
+            if other not in self._verdicts:
+                self._record(other, judge(other))
+            again = self._verdicts[other]
+            return again is not None and (again[0].law, again[0].cause) == identity
+
+        smallest(case, fails)
 
     def _compare(self, violation: Violation) -> None:
         key = violation.law, violation.cause

@@ -1,0 +1,67 @@
+"""From a failing case to smaller ones that may fail alike: settings put back, degrees and sizes lowered, boldest first.
+
+Hypothesis shrinks one choice after another, and a case costs seconds; these are the steps that a person would try
+first. Knows cases, their order and how to fit one; runs nothing.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+from fuzz.case import Case
+from fuzz.neighbours import PARTS, SIZES, fitted, flat, neighbours
+from fuzz.order import size
+from fuzz.space import NAMED
+from toy_models.spec import Layout
+
+LEAST: Mapping[str, Any] = flat(Case())
+PLACES = ("world", *NAMED)
+
+
+def smaller(case: Case) -> Iterator[Case]:
+    """Simpler cases to try in place of this one, the boldest first."""
+    for other in (*_plain(case), *_placed(case), *_single(case)):
+        if other is not None and size(other) < size(case):
+            yield other
+
+
+def smallest(case: Case, fails: Callable[[Case], bool | None]) -> Case:
+    """The last of a chain of cases that fail, each simpler than the one before; `fails` is None when time is up."""
+    for other in smaller(case):
+        found = fails(other)
+        if found is None:
+            return case
+        if found:
+            return smallest(other, fails)
+    return case
+
+
+def _plain(case: Case) -> Iterator[Case | None]:
+    """All that is no layout at its least; then part by part."""
+    of_part = {part: set(vars(getattr(case, part))) for part in PARTS if part != "layout"}
+    everything = set().union(*of_part.values(), {"micro_batches", "precision", "seed"})
+    for fields in (everything, set(SIZES.values()) & everything, *of_part.values()):
+        yield fitted(case, **{field: LEAST[field] for field in fields if field in LEAST})
+    yield fitted(case, order=Layout().order, split="even", stages=(), vpp=1)
+    yield replace(case, twin=None)
+
+
+def _placed(case: Case) -> Iterator[Case | None]:
+    """The fewest ranks that have some of the degrees, each at 2, and perhaps two data-parallel replicas."""
+    high = [name for name in NAMED if getattr(case.layout, name) > 1]
+    kept = (some for number in range(len(high) + 1) for some in combinations(high, number))
+    for some in kept:
+        for replicas in (1, 2):
+            degrees = {name: 2 if name in some else 1 for name in NAMED}
+            dense, expert = (degrees[a] * degrees[b] for a, b in (("tp", "cp"), ("ep", "etp")))
+            yield fitted(case, **degrees, world=max(dense, expert) * degrees["pp"] * replicas)
+
+
+def _single(case: Case) -> Iterator[Case | None]:
+    """One setting or size at its least, then one step lower."""
+    here = flat(case)
+    for field, least in LEAST.items():
+        if field not in PLACES and here[field] != least:
+            yield fitted(case, **{field: least})
+    yield from (each.case for each in neighbours(case) if each.direction == "down")
