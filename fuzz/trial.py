@@ -142,7 +142,7 @@ def _done(ranks: Sequence[Observation]) -> bool:
 
 
 def _reference_key(case: Case) -> tuple:
-    """What the reference depends on: of the layout the padded width, and micro-batches where balance losses see them."""
+    """What the reference depends on: of the layout the padded width, and for balance losses the micro-batches."""
     width = padded_width(case.layout, case.batch)
     key = (case.model, case.batch, case.ppo, case.program, case.precision, case.seed, width)
     if not (case.model.aux_loss or case.model.z_loss):
