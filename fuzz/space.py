@@ -94,7 +94,9 @@ def worlds(max_ranks: int) -> list[int]:
 def all_layouts(world: int) -> tuple[Layout, ...]:
     """Every layout of a world, simplest first: few degrees above one, small, EP before TP; without virtual stages."""
     degrees = [degree for degree in range(1, world + 1) if world % degree == 0]
-    places = [dict(zip(NAMED, x, strict=True)) for x in itertools.product(degrees, repeat=len(NAMED))]
+    places: list[dict[str, Any]] = [
+        dict(zip(NAMED, x, strict=True)) for x in itertools.product(degrees, repeat=len(NAMED))
+    ]
     fits = [p for p in places if world % (p["tp"] * p["cp"] * p["pp"]) == world % (p["ep"] * p["etp"] * p["pp"]) == 0]
     return tuple(sorted((Layout(world=world, **place) for place in fits), key=complexity))
 

@@ -228,13 +228,13 @@ class Role:
         """The chunk that ends in the head, if this rank has it."""
         return self.gpts[-1] if is_last(self.layout, self.rank) else None
 
-    def layers(self) -> dict[int, torch.nn.Module]:
+    def layers(self) -> dict[int, Any]:
         """The layers of this rank by their place in the model, from 0."""
         places = chunks(self.layout, self.model.layers, self.rank)
         pairs = zip(places, self.gpts, strict=True)
         return {at: layer for some, gpt in pairs for at, layer in zip(some, gpt.decoder.layers, strict=False)}
 
-    def moe_layers(self) -> dict[int, torch.nn.Module]:
+    def moe_layers(self) -> dict[int, Any]:
         """Those of them that have experts."""
         return {at: layer for at, layer in self.layers().items() if at in self.model.moe}
 
