@@ -117,7 +117,7 @@ def _routers(case: Case) -> Values:
     return [
         *_each("config.moe_router_enable_expert_bias", True),
         *_each("config.moe_router_score_function", "tanh"),
-        ((loss, "aux-loss"), (coefficient, 0.3)),
+        *_when(case.model.aux_loss, [((loss, "aux-loss"),)]),
         ((loss, "sinkhorn"), (coefficient, 0.3)),
         ((loss, ("aux_loss", "seq_aux_loss")), (coefficient, 0.3)),
         ((loss, ("aux_loss", "seq_aux_loss")), (coefficient, (0.3,))),
@@ -148,14 +148,19 @@ def _dispatchers(case: Case) -> Values:
 
 
 def _expert_kernels(case: Case) -> Values:
-    flags = ("moe_grouped_gemm", "moe_permute_fusion", "add_bias_linear", "moe_apply_probs_on_input")
-    pairs = [((f"config.{flag}", True),) for flag in flags]
-    return [*pairs, *_each("config.moe_latent_size", 4)]
+    """What needs TransformerEngine or a library for grouped matrices, or one expert per token."""
+    one_each = _each("config.moe_apply_probs_on_input", True)
+    return [
+        *_each("config.moe_grouped_gemm", True),
+        *_each("config.moe_permute_fusion", True),
+        *_each("config.moe_latent_size", 4),
+        *_when(case.model.top_k > 1, one_each),
+    ]
 
 
 def _layer_kinds(case: Case) -> Values:
     kinds = tuple(int(layer in case.model.moe) for layer in range(case.model.layers))
-    return _each("config.moe_layer_freq", (*kinds, 1), kinds[1:], 0, "experts", (2, *kinds[1:]), -1)
+    return _each("config.moe_layer_freq", (*kinds, 1), kinds[1:], 0, "experts", (2, *kinds[1:]))
 
 
 # ---- pipelines -------------------------------------------------------------------------------------------------
@@ -189,7 +194,6 @@ def _stage_lists(case: Case) -> Values:
         (one, *empty, ("embedding", "loss")),
         (("embedding", *["dekoder"] * layers), *empty, ("loss",)),
         (one, *empty, (), ("loss",)),  # one stage too many
-        ((*one, "loss"), *empty, ()),  # the loss on the first stage
         (),
     ]
     return [*_each("config.pipeline_model_parallel_layout", *lists, "Et|L|L", "E|x"), _both_cuts(case)]
@@ -264,9 +268,6 @@ def _recomputing(case: Case) -> Values:
         ((how, "full"),),
         ((how, "full"), (method, "any"), (layers, 1)),
         ((how, "full"), (method, "uniform")),
-        ((how, "full"), (method, "uniform"), (layers, 0)),
-        ((how, "full"), (method, "uniform"), (layers, -1)),
-        ((how, "full"), (method, "block"), (layers, -1)),
         ((how, "selective"), (layers, 1)),
         ((how, "selective"), (modules, ("attention",))),
         ((how, "selective"), (modules, ("moe_act",))),
@@ -282,7 +283,6 @@ def _precisions(case: Case) -> Values:
         *_each("config.cuda_graph_impl", "some"),
         (("config.cpu_offloading", True), ("config.cpu_offloading_num_layers", case.model.layers)),
         *_each("config.defer_embedding_wgrad_compute", True),
-        *_each("config.mtp_num_layers", 1),
     ]
 
 

@@ -104,11 +104,11 @@ def _refusal(error: Exception, phase: str, issued: int) -> dict[str, Any]:
     return {
         "phase": phase,
         "exception": type(error).__name__,
-        "message": str(error).strip(),
+        "message": str(error).partition("when instantiating")[0].strip(),  # what megatron adds to every message
         "place": f"{_below(place.filename)}:{place.lineno}",
         "function": place.name,
         "line": (place.line or "").strip(),
-        "check": _is_check(error, last.filename, last.lineno or 0) and not _ours(last.filename),
+        "check": "megatron/core/" in last.filename and _is_check(error, last.filename, last.lineno or 0),
         "ours": _ours(last.filename),
         "issued": issued,
         "traceback": "".join(traceback.format_list(frames[-6:])),

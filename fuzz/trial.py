@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from fuzz.broken import Broken
 from fuzz.case import Case, HarnessFault, Observation, Violation, twin_of
-from fuzz.laws import judge
+from fuzz.laws import judge, refusal
 from fuzz.laws.compare import doubts, forced_tokens, response_tokens
 from fuzz.laws.liveness import cause
 from fuzz.ranks import Ranks
@@ -65,13 +65,17 @@ class Trials:
         return truth, self._pool(case.layout.world).run("fuzz.trace:step", case, near, responses)
 
     def attempt(self, broken: Broken) -> tuple[list[Observation], Callable[[], Violation | None]]:
-        """What the ranks saw of a broken configuration, and how to judge what they accepted as if it were the case."""
+        """What the ranks saw of a broken configuration, and what is wrong with what they accepted, judged as the case."""
         case, reference = broken.case, self._reference(broken.case)
         seen = self._pool(case.layout.world).run("fuzz.refuse:attempt", broken, forced_tokens(case, reference))
 
         def accepted() -> Violation | None:
-            _, violation = judge(case, seen, reference)
-            return violation and judge(case, seen, self._moving(case, reference))[1]
+            try:
+                _, violation = judge(case, seen, reference)
+                violation = violation and judge(case, seen, self._moving(case, reference))[1]
+                return violation and refusal.accepted_and_wrong(broken, violation, seen)
+            except Exception as error:
+                return refusal.not_comparable(broken, error, seen)
 
         return seen, accepted
 

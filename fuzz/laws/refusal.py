@@ -45,12 +45,13 @@ def _refused(ranks: Ranks) -> list[tuple[Observation, Mapping[str, Any]]]:
     return [(rank, refused) for rank in ranks if (refused := refusal(rank))]
 
 
-def the_harness_itself_is_sound(broken: Broken, ranks: Ranks) -> int:
-    """Nothing is raised by the trainer or the harness, where what was accepted could be judged."""
+def what_is_accepted_can_be_read(broken: Broken, ranks: Ranks) -> int:
+    """What megatron makes of it has the shards and layers of the case, so that the trainer can go on."""
     for rank, refused in _refused(ranks):
         if refused["ours"] and not broken.changing:
-            finding = Finding(f"rank {rank.rank}", "a refusal by megatron-core", _words(rank), "ours, not megatron's")
-            raise _violation(broken, "the harness itself is sound", refused["place"], finding, ranks)
+            said = "megatron-core accepts it, and what it makes is not what the case says"
+            finding = Finding(f"rank {rank.rank}", "a refusal by megatron-core", _words(rank), said)
+            raise _violation(broken, "what is accepted can be read", refused["place"], finding, ranks)
     return len(ranks)
 
 
@@ -149,7 +150,7 @@ def groups_of_experts_are_respected(broken: Broken, ranks: Ranks) -> int:
 
 Law = Callable[[Broken, Ranks], int]
 LAWS: tuple[Law, ...] = (
-    the_harness_itself_is_sound,
+    what_is_accepted_can_be_read,
     what_is_refused_is_refused_by_a_check,
     all_ranks_refuse_alike,
     every_rank_ends,
@@ -168,6 +169,13 @@ def accepted_and_wrong(broken: Broken, found: Violation, ranks: Ranks) -> Violat
     violation = _violation(broken, law, found.law, finding, ranks)
     violation.also = found.also
     return violation
+
+
+def not_comparable(broken: Broken, error: Exception, ranks: Ranks) -> Violation:
+    """What came out of an accepted configuration does not even have the shape of what the case must give."""
+    said = "megatron-core accepts it, and what comes out is not what the case says"
+    finding = Finding("all ranks", "a refusal by megatron-core", str(error)[:200], said)
+    return _violation(broken, "what is accepted can be read", type(error).__name__, finding, ranks)
 
 
 def judge(broken: Broken, ranks: Ranks) -> tuple[dict[str, int], Violation | None]:
