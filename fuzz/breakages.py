@@ -213,7 +213,11 @@ def _schedules(case: Case) -> Values:
         return [*_each("config.overlap_p2p_comm_warmup_flush", True), *_when(pp > 1, _alone(overlap, batched))]
     sizes = [size for size in range(pp, number + 1) if 0 < number % size < pp]
     warm = ((f"config.{overlap}", False), (f"config.{batched}", False), ("config.overlap_p2p_comm_warmup_flush", True))
-    batches = ((f"config.{batched}", True), (f"config.{overlap}", False), ("config.overlap_p2p_comm_warmup_flush", False))
+    batches = (
+        (f"config.{batched}", True),
+        (f"config.{overlap}", False),
+        ("config.overlap_p2p_comm_warmup_flush", False),
+    )
     return [*_each(group, pp - 1, number + 1, 0, *sizes), both, warm, *_when(pp == 2, [batches])]
 
 

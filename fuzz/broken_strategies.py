@@ -13,14 +13,18 @@ from fuzz.strategies import Draw, cases
 MOST_VALUES = 24  # of one kind of breakage
 
 
-@st.composite
-def broken_configurations(draw: Draw, **knobs: Any) -> Broken:
+def broken_configurations(**knobs: Any) -> st.SearchStrategy[Broken]:
     """A valid case and one breakage. Shrinks towards the smallest case that can be broken so, and the first breakage.
 
     `knobs` are those of `cases`.
     """
+    return _broken_configurations(cases(**knobs))
+
+
+@st.composite
+def _broken_configurations(draw: Draw, valid: st.SearchStrategy[Case]) -> Broken:
     kind, value = draw(st.integers(0, len(BREAKAGES) - 1)), draw(st.integers(0, MOST_VALUES - 1))
-    case = _sound(draw(cases(**knobs)))
+    case = _sound(draw(valid))
     found = breakages_of(case, kind)
     return Broken(case=case, overrides=found[value % len(found)])
 

@@ -38,7 +38,9 @@ def _one_of(*names: str) -> Callable[[Broken], bool]:
 
 def _config_only(broken: Broken) -> bool:
     """A degree that differs from that of the process groups."""
-    return any(n.startswith("config.") and n.endswith("_parallel_size") and "virt" not in n for n, _ in broken.overrides)
+    return any(
+        n.startswith("config.") and n.endswith("_parallel_size") and "virt" not in n for n, _ in broken.overrides
+    )
 
 
 def _sharded_by_one(broken: Broken) -> bool:
@@ -189,14 +191,14 @@ KNOWN: tuple[Known, ...] = (
     ),
     Known(
         id="batched-messages-both-ways",
-        upstream="Megatron-LM's training/arguments.py refuses it, megatron-core does not",
+        upstream="docs/findings/interleaved-two-stages.md; Megatron-LM's training/arguments.py refuses it",
         covers=_batched_both_ways,
         laws=(RIGHT, READ, CHECK, ALIKE, ENDS),
         example=_broken(
             Case(
                 layout=Layout(world=2, pp=2, vpp=2),
                 model=MoEModel(layers=4),
-                batch=Batch(rows=2),
+                batch=Batch(rows=4),
                 switches=Switches(p2p="plain"),
             ),
             config__batch_p2p_comm=True,

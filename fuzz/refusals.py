@@ -19,7 +19,7 @@ OUTCOMES = REFUSED, RIGHT, ACCEPTED, KNOWN, UNJUDGED = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a broken configuration: one of OUTCOMES, and a violation if a law is broken; `known`: which finding."""
+    """What became of a broken configuration: one of OUTCOMES, a violation if any; `known` is the id of the finding."""
 
     broken: Broken
     counts: Mapping[str, int]
@@ -36,8 +36,8 @@ def judge(trials: Trials, broken: Broken, known: bool = True) -> Verdict:
     counts, violation = refusal.judge(broken, ranks)
     outcome = REFUSED if any(map(refusal.refusal, ranks)) else ACCEPTED
     if violation is None and outcome == ACCEPTED and not broken.changing:
-        counts["what_is_accepted_is_right"], outcome = len(ranks), RIGHT
         violation = accepted()
+        counts["what_is_accepted_is_right"], outcome = len(ranks), ACCEPTED if violation else RIGHT
         if violation is not None and trials.judge(broken.case).violation is not None:
             return Verdict(broken, counts, None, UNJUDGED)  # the case itself is not right
     if known and violation is not None and (entry := met(broken, violation)):

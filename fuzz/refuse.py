@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from fuzz import drive, pulse
 from fuzz.broken import Broken
@@ -61,7 +62,10 @@ def _overridden(broken: Broken) -> Iterator[None]:
         (module, name, partial(_changed, getattr(module, name), _plain(broken.of(owner))))
         for owner, (module, name) in CALLED.items()
     ]
-    schedule, wider = partial(_schedule, ppo.get_forward_backward_func, _plain(broken.of("schedule"))), broken.of("inputs")
+    schedule, wider = (
+        partial(_schedule, get_forward_backward_func, _plain(broken.of("schedule"))),
+        broken.of("inputs"),
+    )
     fronts.append((ppo, "get_forward_backward_func", schedule))
     if wider:
         fronts += [(owner, "padded_width", lambda *_: wider["width"]) for owner in (batching, megatron)]

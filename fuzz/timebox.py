@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from fuzz.case import Case, Violation
 from fuzz.order import size
@@ -30,12 +31,17 @@ class Failure:
 
 
 class TimeBox:
-    """The search of one test. `seconds` run from its first failure; `improved` is told every smaller case at once."""
+    """The search of one test. `seconds` run from its first failure; `improved` is told every smaller case at once.
 
-    def __init__(self, seconds: float, improved: Callable[[Failure], None]) -> None:
+    `measure` says which of two is the smaller.
+    """
+
+    def __init__(
+        self, seconds: float, improved: Callable[[Failure], None], measure: Callable[[Any], tuple] = size
+    ) -> None:
         self.failures: dict[tuple[str, str], Failure] = {}
         self.cases = 0
-        self._seconds, self._improved = seconds, improved
+        self._seconds, self._improved, self._measure = seconds, improved, measure
         self._verdicts: dict[Case, tuple[Violation, TracebackType | None] | None] = {}
         self._first: dict[tuple[str, str], Case] = {}
         self._until = float("inf")
@@ -66,6 +72,6 @@ class TimeBox:
     def _compare(self, violation: Violation) -> None:
         key = violation.law, violation.cause
         first, best = self._first.setdefault(key, violation.case), self.failures.get(key)
-        if best is None or size(violation.case) < size(best.violation.case):
+        if best is None or self._measure(violation.case) < self._measure(best.violation.case):
             self.failures[key] = Failure(violation, first, self.cases)
             self._improved(self.failures[key])

@@ -65,7 +65,7 @@ class Trials:
         return truth, self._pool(case.layout.world).run("fuzz.trace:step", case, near, responses)
 
     def attempt(self, broken: Broken) -> tuple[list[Observation], Callable[[], Violation | None]]:
-        """What the ranks saw of a broken configuration, and what is wrong with what they accepted, judged as the case."""
+        """What the ranks saw of a broken configuration, and how to judge what they accepted."""
         case, reference = broken.case, self._reference(broken.case)
         seen = self._pool(case.layout.world).run("fuzz.refuse:attempt", broken, forced_tokens(case, reference))
 

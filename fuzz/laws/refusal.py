@@ -76,7 +76,9 @@ def all_ranks_refuse_alike(broken: Broken, ranks: Ranks) -> int:
     if phases and (len(_refused(ranks)) < len(ranks) or len(phases) > 1):
         _, first = _refused(ranks)[0]
         said = "; ".join(map(_words, ranks))
-        finding = Finding(f"phases {sorted(phases)}", "the same refusal on all ranks", said, "some ranks refuse it only")
+        finding = Finding(
+            f"phases {sorted(phases)}", "the same refusal on all ranks", said, "some ranks refuse it only"
+        )
         raise _violation(broken, "all ranks refuse alike", first["place"], finding, ranks)
     return len(ranks) if phases else 0
 
