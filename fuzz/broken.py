@@ -19,7 +19,7 @@ Overrides = tuple[tuple[str, Any], ...]
 CHANGING = (
     "config.moe_router_topk", "config.moe_router_pre_softmax",
     "config.moe_router_score_function", "config.moe_expert_capacity_factor", "config.num_moe_experts",
-    "config.num_layers", "config.num_attention_heads", "config.num_query_groups", "config.ffn_hidden_size",
+    "config.num_attention_heads", "config.num_query_groups", "config.ffn_hidden_size",
     "config.moe_ffn_hidden_size", "config.moe_shared_expert_intermediate_size", "gpt.vocab_size",
     "config.moe_latent_size", "config.fp16", "config.bf16",
 )  # fmt: skip

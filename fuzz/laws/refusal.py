@@ -119,37 +119,6 @@ def a_refusal_comes_before_the_first_collective(broken: Broken, ranks: Ranks) ->
     return len(_refused(ranks))
 
 
-def all_layers_are_built(broken: Broken, ranks: Ranks) -> int:
-    """The stages together have the layers that the config asks for, numbered from 1."""
-    asked = broken.get("config.num_layers")
-    if asked is None or _refused(ranks):
-        return 0
-    there = sorted({number for rank in ranks for chunk in rank.facts["layers/actor"] for number, _ in chunk})
-    if there != list(range(1, asked + 1)):
-        finding = Finding("layers", f"1 to {asked}", str(there), "layers are left out, and nothing says so")
-        raise _violation(broken, "all layers are built", "", finding, ranks)
-    return asked
-
-
-def groups_of_experts_are_respected(broken: Broken, ranks: Ranks) -> int:
-    """A token goes to experts of at most group_topk groups."""
-    groups, most = broken.get("config.moe_router_num_groups"), broken.get("config.moe_router_group_topk")
-    if not groups or most is None or _refused(ranks):
-        return 0
-    maps = [(r, k, t) for r in ranks for k, t in r.tensors.items() if "/route/" in k and k.endswith("/map")]
-    for rank, key, chosen in (one for one in maps if one[2].shape[-1] % groups == 0):
-        used = chosen.bool().reshape(len(chosen), groups, -1).any(-1).sum(-1)
-        if int(used.max()) > most:
-            finding = Finding(
-                f"rank {rank.rank}, {key}, token {int(used.argmax())}",
-                f"experts of at most {most} groups",
-                f"of {int(used.max())}",
-                "the limit on groups is accepted and not kept",
-            )
-            raise _violation(broken, "groups of experts are respected", "", finding, ranks)
-    return len(maps)
-
-
 Law = Callable[[Broken, Ranks], int]
 LAWS: tuple[Law, ...] = (
     what_is_accepted_can_be_read,
@@ -158,8 +127,6 @@ LAWS: tuple[Law, ...] = (
     every_rank_ends,
     a_refusal_says_why,
     a_refusal_comes_before_the_first_collective,
-    all_layers_are_built,
-    groups_of_experts_are_respected,
 )
 NAMES = (*(law.__name__ for law in LAWS), "what_is_accepted_is_right")
 
