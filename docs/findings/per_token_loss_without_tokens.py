@@ -1,4 +1,4 @@
-"""Megatron-core takes calculate_per_token_loss=True with a loss that counts no tokens, and sums where it should average.
+"""Megatron-core takes calculate_per_token_loss=True with a loss that counts no tokens: sums where it should average.
 
     pip install torch megatron-core && python per_token_loss_without_tokens.py
 
