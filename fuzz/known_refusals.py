@@ -52,9 +52,11 @@ def _no_check(broken: Broken) -> bool:
     """A number or a name that reaches an operator unchecked."""
     degree = any(name.startswith("groups.") and value == 0 for name, value in broken.overrides)
     top_k, axes = broken.get("config.moe_router_topk", 1), {"tp", "cp", "ep", "dp", "pp"}
+    order = broken.get("groups.order", "tp").split("-")
     return (
         degree
-        or set(broken.get("groups.order", "tp").split("-")) - axes != set()
+        or set(order) - axes != set()
+        or len(order) > len(set(order))
         or not 0 <= top_k <= broken.case.model.experts
         or broken.get("config.moe_layer_freq", 1) == 0
         or broken.get("config.pipeline_model_parallel_layout", None) == ()
