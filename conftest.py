@@ -14,10 +14,13 @@ import pytest
 from hypothesis import Phase, event, settings
 from rich.console import Console
 
-from fuzz import forking, known, summary
+from fuzz import forking, known, refusals, summary
+from fuzz.broken import Broken
+from fuzz.broken import size as size_of_broken
 from fuzz.case import Case, HarnessFault, Violation
 from fuzz.search import Row, Search
 from fuzz.space import PROPERTIES
+from fuzz.timebox import TimeBox
 from fuzz.trial import Trials
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -153,6 +156,25 @@ def rehearse(pytestconfig: pytest.Config, trials: Trials) -> Callable[[Case], No
 
     pytestconfig.stash[TRIALS] = trials
     return lambda case: pytestconfig.stash[SEARCH].run(case, judge)
+
+
+@pytest.fixture(scope="session")
+def refuse(pytestconfig: pytest.Config, trials: Trials) -> Callable[[Broken], None]:
+    """Run a broken configuration and judge how it is refused; each once, within a time box of its own per test."""
+    boxes: dict[str, TimeBox] = {}
+
+    def judge(broken: Any) -> Violation | None:
+        verdict = refusals.judge(trials, broken, known=not pytestconfig.getoption("no_known"))
+        summary.count_broken(pytestconfig.stash[TALLY], verdict)
+        event(f"{verdict.outcome} {verdict.known}".strip())
+        return verdict.violation
+
+    def run(broken: Any) -> None:
+        name, seconds = os.environ.get("PYTEST_CURRENT_TEST", ""), pytestconfig.getoption("shrink_seconds")
+        box = boxes.get(name) or TimeBox(seconds, lambda _: None, size_of_broken, lambda *_: None)
+        boxes.setdefault(name, box).run(broken, judge)
+
+    return run
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -116,6 +116,21 @@ def _close(state: Mapping[str, Any]) -> None:
         dist.destroy_process_group(group)
 
 
+@contextlib.contextmanager
+def groups_apart() -> Iterator[None]:
+    """Groups made while open are closed at its end, half-made ones too; those kept are as before."""
+    kept = dict(_groups)
+    _groups.clear()
+    vars(parallel_state).update(_pristine)
+    try:
+        yield
+    finally:
+        _close(_globals())
+        vars(parallel_state).update(_pristine)
+        _groups.clear()
+        _groups.update(kept)
+
+
 # ---- one case --------------------------------------------------------------------------------------------------
 
 

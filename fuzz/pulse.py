@@ -52,6 +52,11 @@ class Pulse:
         self._issued += 1
         return self._issued - 1
 
+    @property
+    def issued(self) -> int:
+        """How many calls are in the record."""
+        return self._issued
+
     def enter(self, index: int) -> None:
         """From now on the rank is inside a call, and may wait there for others."""
         self._inside = index

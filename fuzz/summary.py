@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
-from fuzz import known, laws
+from fuzz import known, laws, refusals
+from fuzz.laws import refusal
 from fuzz.strategies import all_layouts
 from fuzz.trial import Verdict
 
@@ -32,6 +33,14 @@ def count(tally: Tally, verdict: Verdict) -> None:
     _add(tally, "inconclusive", dict.fromkeys(verdict.doubts, 1))
     _add(tally, "cases", {"all": 1, "inconclusive": bool(verdict.doubts), "ill": verdict.ill_conditioned})
     _add(tally, "shapes", {name: value > 0 for name, value in verdict.facts.items()})
+
+
+def count_broken(tally: Tally, verdict: refusals.Verdict) -> None:
+    """Add the verdict on a broken configuration to a tally, in place."""
+    _add(tally, "broken", {"violations" if verdict.violation else verdict.outcome: 1})
+    _add(tally, "broken fired", {law: n > 0 for law, n in verdict.counts.items()})
+    _add(tally, "broken vacuous", {law: n == 0 for law, n in verdict.counts.items()})
+    _add(tally, "known refusals", {verdict.known: 1} if verdict.known else {})
 
 
 def _name(case: Any) -> str:
@@ -72,6 +81,8 @@ def write(tally: Tally, console: Console) -> None:
     """The summary: cases, layouts, laws fired and vacuous, known bugs met, what was inconclusive and why."""
     if tally.get("cases"):
         console.print(Group(_cases(tally), _laws(tally)))
+    if tally.get("broken"):
+        console.print(Group(_broken(tally), _fired(tally, "broken ", refusal.NAMES)))
 
 
 def write_failures(rows: Sequence[Mapping[str, str]], console: Console) -> None:
@@ -106,10 +117,21 @@ def _listed(numbers: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in numbers.items())
 
 
+def _broken(tally: Tally) -> Table:
+    table = Table(title="broken configurations", title_justify="left", show_header=False)
+    table.add_row("became of them", _listed(tally["broken"]))
+    table.add_row("known findings met", _listed(tally.get("known refusals", {})) or "none")
+    return table
+
+
 def _laws(tally: Tally) -> Table:
+    return _fired(tally, "", laws.NAMES)
+
+
+def _fired(tally: Tally, kind: str, names: Sequence[str]) -> Table:
     table = Table("law", "fired", "vacuous", title="cases in which a law had something to check", title_justify="left")
-    fired, vacuous = Counter(tally["fired"]), Counter(tally["vacuous"])
-    for law in laws.NAMES:
+    fired, vacuous = Counter(tally[f"{kind}fired"]), Counter(tally[f"{kind}vacuous"])
+    for law in names:
         style = "yellow" if not fired[law] else ""
         table.add_row(law.replace("_", " "), str(fired[law]), str(vacuous[law]), style=style)
     return table

@@ -11,12 +11,16 @@ import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
+from fuzz import known_refusals, refusals
+from fuzz.broken import Broken
+from fuzz.broken_strategies import broken_configurations
 from fuzz.case import Case, Violation
 from fuzz.known import Known, living
 from fuzz.strategies import cases
 from fuzz.trial import Trials
 
 Rehearse = Callable[[Case], None]
+Refuse = Callable[[Broken], None]
 
 
 @given(st.data())
@@ -38,6 +42,12 @@ def test_shipped_precision(rehearse: Rehearse, world: int, data: st.DataObject) 
     rehearse(data.draw(cases(mostly=world, precision="float32")))
 
 
+@given(st.data())
+def test_broken_configurations_are_refused(refuse: Refuse, world: int, data: st.DataObject) -> None:
+    """A valid case and one thing that cannot be: refused by a check, alike on all ranks, or right all the same."""
+    refuse(data.draw(broken_configurations(mostly=world)))
+
+
 @settings(phases=[Phase.explicit])
 @given(cases())
 @example(Case())
@@ -55,4 +65,16 @@ def test_known_bugs_still_live(stock: Trials, bug: Known) -> None:
     verdict = stock.judge(bug.example)
     if verdict.violation is not None:
         assert verdict.violation.law == bug.law, f"{bug.id} breaks another law: {verdict.violation.law}"
+        raise verdict.violation
+
+
+@pytest.mark.parametrize(
+    "one",
+    [pytest.param(b, id=b.id, marks=pytest.mark.xfail(raises=Violation, strict=True)) for b in known_refusals.living()],
+)
+def test_known_refusals_still_live(trials: Trials, one: known_refusals.Known) -> None:
+    """A known finding about refusals breaks its law; where it does not, its entry must go (strict xfail)."""
+    verdict = refusals.judge(trials, one.example, known=False)
+    if verdict.violation is not None:
+        assert verdict.violation.law == one.laws[0], f"{one.id} breaks another law: {verdict.violation.law}"
         raise verdict.violation

@@ -1,9 +1,9 @@
 """One test's search for the smallest failure: verdicts recorded by case, a budget of seconds, and the best so far.
 
-Hypothesis stops shrinking by itself only after minutes, and shrinks one choice after another: so the first failing case
-of a kind is made smaller by leaps (`fuzz.descent`), and Hypothesis has the rest of the budget. Once that is spent, unseen
-cases pass unrun, and recorded ones repeat their verdict, so that Hypothesis ends with the smallest that it has. Knows no
-pytest, no Hypothesis, no files.
+Hypothesis stops shrinking by itself only after minutes, and shrinks one choice after another. So the first failure of
+a kind is made smaller by leaps (`fuzz.descent`), and Hypothesis has the rest of the budget. Once that is spent, unseen
+cases pass unrun, and recorded ones repeat their verdict, so that Hypothesis ends with the smallest that it has. Knows
+no pytest, no Hypothesis, no files.
 """
 
 import time
@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from fuzz.case import Case, Violation
 from fuzz.descent import smallest
@@ -32,12 +33,21 @@ class Failure:
 
 
 class TimeBox:
-    """The search of one test. `seconds` run from its first failure; `improved` is told every smaller case at once."""
+    """The search of one test. `seconds` run from its first failure; `improved` is told every smaller case at once.
 
-    def __init__(self, seconds: float, improved: Callable[[Failure], None]) -> None:
+    `measure` says which of two is the smaller, `leaps` goes down from one that fails (`descent.smallest`).
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        improved: Callable[[Failure], None],
+        measure: Callable[[Any], tuple] = size,
+        leaps: Callable[[Any, Callable[[Any], bool | None]], Any] = smallest,
+    ) -> None:
         self.failures: dict[tuple[str, str], Failure] = {}
         self.cases = 0
-        self._seconds, self._improved = seconds, improved
+        self._seconds, self._improved, self._measure, self._leaps = seconds, improved, measure, leaps
         self._verdicts: dict[Case, tuple[Violation, TracebackType | None] | None] = {}
         self._first: dict[tuple[str, str], Case] = {}
         self._until = float("inf")
@@ -84,11 +94,11 @@ class TimeBox:
             again = self._verdicts[other]
             return again is not None and (again[0].law, again[0].cause) == identity
 
-        smallest(case, fails)
+        self._leaps(case, fails)
 
     def _compare(self, violation: Violation) -> None:
         key = violation.law, violation.cause
         first, best = self._first.setdefault(key, violation.case), self.failures.get(key)
-        if best is None or size(violation.case) < size(best.violation.case):
+        if best is None or self._measure(violation.case) < self._measure(best.violation.case):
             self.failures[key] = Failure(violation, first, self.cases)
             self._improved(self.failures[key])

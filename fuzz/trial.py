@@ -4,11 +4,12 @@ A verdict depends on the case alone: what is cached (references, and process gro
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from fuzz.broken import Broken
 from fuzz.case import Case, HarnessFault, Observation, Violation, twin_of
-from fuzz.laws import judge
+from fuzz.laws import judge, refusal
 from fuzz.laws.compare import doubts, forced_tokens, response_tokens
 from fuzz.laws.liveness import cause
 from fuzz.ranks import Ranks
@@ -63,6 +64,21 @@ class Trials:
         truth = self._ask("fuzz.truth_trace:run", case)
         near, responses = forced_tokens(case, truth).get(0, {}), response_tokens(case, truth.tensors["0/tokens"])
         return truth, self._pool(case.layout.world).run("fuzz.trace:step", case, near, responses)
+
+    def attempt(self, broken: Broken) -> tuple[list[Observation], Callable[[], Violation | None]]:
+        """What the ranks saw of a broken configuration, and how to judge what they accepted."""
+        case, reference = broken.case, self._reference(broken.case)
+        seen = self._pool(case.layout.world).run("fuzz.refuse:attempt", broken, forced_tokens(case, reference))
+
+        def accepted() -> Violation | None:
+            try:
+                _, violation = judge(case, seen, reference)
+                violation = violation and judge(case, seen, self._moving(case, reference))[1]
+                return violation and refusal.accepted_and_wrong(broken, violation, seen)
+            except Exception as error:
+                return refusal.not_comparable(broken, error, seen)
+
+        return seen, accepted
 
     def close(self) -> None:
         """End all processes."""

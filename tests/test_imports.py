@@ -27,8 +27,8 @@ class Row:
 
 
 LAWS = Row(
-    "torch.* fuzz.case fuzz.lockstep fuzz.laws.* toy_models.batching toy_models.coordinates toy_models.spec "
-    "toy_models.weights"
+    "torch.* fuzz.broken fuzz.case fuzz.lockstep fuzz.laws.* toy_models.batching toy_models.coordinates "
+    "toy_models.spec toy_models.weights"
 )
 REFERENCE = Row(
     "torch.* transformers.* toy_models.batching toy_models.spec toy_models.families toy_models.weights "
@@ -41,6 +41,7 @@ SYSTEM = Row(
 )
 PARENT = Row(
     "torch.* hypothesis.* pytest rich.* fuzz.case fuzz.case_json fuzz.strategies fuzz.forking fuzz.ranks fuzz.laws.* "
+    "fuzz.broken fuzz.broken_strategies fuzz.known_refusals fuzz.refusals fuzz.timebox "
     "fuzz.known fuzz.space fuzz.trial fuzz.summary fuzz.search toy_models.spec toy_models.weights"
 )
 TABLE = {
@@ -70,6 +71,15 @@ TABLE = {
     "fuzz.divergence": Row("torch.* fuzz.case fuzz.alignment fuzz.differences fuzz.modules fuzz.laws.* fuzz.trial"),
     "fuzz.heatmap": Row("matplotlib.* numpy fuzz.differences fuzz.divergence"),
     "fuzz.forking": Row("fuzz.case"),
+    "fuzz.broken": Row("fuzz.case fuzz.order"),
+    "fuzz.breakages": Row("fuzz.broken fuzz.case fuzz.order toy_models.batching"),
+    "fuzz.broken_strategies": Row("hypothesis.* fuzz.breakages fuzz.broken fuzz.case fuzz.strategies"),
+    "fuzz.refuse": Row(
+        "torch.* megatron.core.* fuzz.broken fuzz.drive fuzz.pulse toy_models.batching toy_models.megatron "
+        "toy_models.ppo"
+    ),
+    "fuzz.refusals": Row("fuzz.broken fuzz.case fuzz.known_refusals fuzz.laws.* fuzz.trial"),
+    "fuzz.known_refusals": Row("fuzz.broken fuzz.case fuzz.known toy_models.spec"),
     "fuzz.known": Row("fuzz.case toy_models.spec"),
     "fuzz.laws.*": LAWS,
     "fuzz.probe": Row("torch.* toy_models.megatron"),
@@ -105,9 +115,9 @@ TABLE = {
     "fuzz.neighbours": Row("fuzz.case fuzz.order fuzz.space toy_models.coordinates toy_models.spec"),
     "fuzz.neighbourhood": Row("fuzz.case fuzz.neighbours fuzz.order"),
     "fuzz.strategies": Row("hypothesis.* fuzz.case fuzz.space toy_models.spec"),
-    "fuzz.summary": Row("rich.* fuzz.known fuzz.laws fuzz.strategies fuzz.trial"),
+    "fuzz.summary": Row("rich.* fuzz.known fuzz.laws.* fuzz.refusals fuzz.strategies fuzz.trial"),
     "fuzz.test_ep_ppo_props": PARENT,
-    "fuzz.trial": Row("fuzz.case fuzz.laws.* fuzz.ranks toy_models.batching toy_models.spec"),
+    "fuzz.trial": Row("fuzz.broken fuzz.case fuzz.laws.* fuzz.ranks toy_models.batching toy_models.spec"),
     "fuzz.truth": Row("torch.* fuzz.case toy_models.reference"),
     "toy_models": Row(),
     "toy_models.attention": Row("torch.* megatron.core.* toy_models.batching"),
@@ -135,6 +145,7 @@ APART = ("torch.distributed",)  # not meant by `torch.*`: only who communicates 
 
 # What runs where: these modules, with all that they import in turn, must never reach the others.
 NEVER = {
+    "fuzz.refuse": "hypothesis pytest rich toy_models.reference fuzz.strategies fuzz.laws fuzz.ranks",
     "fuzz.drive": "hypothesis pytest rich toy_models.reference fuzz.strategies fuzz.laws fuzz.ranks",
     "fuzz.rank": "hypothesis pytest rich megatron fuzz.laws",
     "fuzz.trace": "hypothesis pytest rich toy_models.reference fuzz.strategies fuzz.laws fuzz.ranks",
