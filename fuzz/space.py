@@ -122,7 +122,12 @@ def fitting(tried: Sequence[int], pins: dict[str, int]) -> dict[int, list[Layout
 
 
 def _fitting(world: int, pins: dict[str, int]) -> list[Layout]:
-    return [x for x in all_layouts(world) if all(getattr(x, name) == value for name, value in pins.items())]
+    return _having(world, tuple(pins.items()))
+
+
+@cache
+def _having(world: int, pins: tuple[tuple[str, int], ...]) -> list[Layout]:
+    return [x for x in all_layouts(world) if all(getattr(x, name) == value for name, value in pins)]
 
 
 def _nothing_fits(tried: Sequence[int], pins: dict[str, int]) -> str:
