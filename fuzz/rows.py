@@ -4,9 +4,10 @@ A row is a script (`fuzz.choices`), so that Hypothesis can try what is simpler w
 list is found by climbing from scripts that chance makes, always the same ones, when it is asked for. Knows no ranks.
 """
 
+import itertools
 import random
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,9 +19,10 @@ from fuzz.space import DEGREES, NAMED, worlds
 from fuzz.strategies import scripted
 from toy_models.spec import Layout
 
-STARTS = 200  # scripts by chance, in which most words occur
-PROBED = 3  # of them, in which every choice is made anew, to see what moves
-KEPT = 6  # scripts with a word, to start from
+STARTS = 150  # scripts by chance, in which most words occur
+KEPT = 5  # scripts with a word, to take it from
+TRIED = 1  # of them, in a step
+ALIKE = 3  # values of a choice that are tried, to see what it moves
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,16 @@ def made(world: int, script: Script, chance: random.Random) -> Row:
 @cache
 def covering(world: int) -> tuple[Row, ...]:
     """The rows of a world: what can meet in it, and in no smaller one."""
-    search = _Search(world)
     missing, found = {meeting for meeting, least in meetings.pairs(world).items() if least == world}, []
-    for wanted in sorted(missing):
-        if wanted in missing and (start := search.reached(wanted)):
+    search, hopeless = _Search(world), set()
+    while left := missing - hopeless:
+        often = Counter(word for meeting in left for word in meeting)
+        wanted = max(sorted(left), key=lambda meeting: sum(map(often.__getitem__, meeting)))
+        if start := search.reached(wanted):
             found.append(search.improved(start, wanted, missing))
             missing.difference_update(pairs(found[-1].words))
+        else:
+            hopeless.add(wanted)
     return tuple(found)
 
 
@@ -74,60 +80,56 @@ class _Search:
     def __init__(self, world: int) -> None:
         self._world, self._chance = world, random.Random(world)
         self._having: dict[str, list[Row]] = defaultdict(list)
-        self._levers: dict[str, dict[int, None]] = defaultdict(dict)
-        starts = [self._noted(made(world, (_place(world),), self._chance)) for _ in range(STARTS)]
-        for row in starts[:PROBED]:
+        self._levers: dict[str, set[int]] = defaultdict(set)
+        starts = [self._made((_place(world),)) for _ in range(STARTS)]
+        unseen = set(self._having)
+        while unseen:
+            row = max(starts, key=lambda row: len(unseen & _said(row)))
+            unseen -= _said(row)
             self._probe(row)
 
-    def _noted(self, row: Row) -> Row:
-        for name, word in row.words.items():
-            having = self._having[f"{name}={word}"]
+    def _made(self, script: Script) -> Row:
+        row = made(self._world, script, self._chance)
+        for word in _said(row):
+            having = self._having[word]
             having[KEPT - 1 :] = [*having[KEPT - 1 :], row][:1]
         return row
 
     def _probe(self, row: Row) -> None:
+        """Make each choice otherwise, to see what it moves."""
         before = row.words
-        for place, other in self._moves(row, range(1, len(row.script))):
-            for name, word in other.words.items():
-                if word != before[name]:
-                    self._levers[name][place] = None
+        for place in range(1, len(row.script)):
+            for value in {0, *range(min(row.sizes[place], ALIKE)), row.sizes[place] - 1} - {row.script[place]}:
+                after = self._made((*row.script[:place], value, *row.script[place + 1 :])).words
+                for name in DIMENSIONS:
+                    self._levers[name] |= {place} if after[name] != before[name] else set()
 
-    def _moves(self, row: Row, places: Iterable[int]) -> Iterator[tuple[int, Row]]:
-        """One choice made otherwise, in every way that there is (few of them for a choice of many)."""
-        for place in places:
-            for value in range(min(row.sizes[place], KEPT)):
-                if value != row.script[place]:
-                    script = (*row.script[:place], value, *row.script[place + 1 :])
-                    yield place, self._noted(made(self._world, script, self._chance))
+    def _taken(self, row: Row, word: str) -> Iterator[Row]:
+        """The row with a word of others: with those of their choices that move the dimension."""
+        levers = self._levers[word.partition("=")[0]]
+        for other in self._having[word][::-1]:
+            yield self._made(tuple((other if n in levers else row).script[n] for n in range(len(row.script))))
 
     def reached(self, wanted: Meeting) -> Row | None:
-        """A row in which they meet: one of those that were seen, or one or two moves away from it."""
-        near = [row for word in wanted for row in self._having[word]]
-        places = self._places(wanted)
-        for row in near:
-            if _has(row, wanted):
-                return row
-        ones = [other for row in near for _, other in self._moves(row, places)]
-        if found := next((row for row in ones if _has(row, wanted)), None):
-            return found
-        keeping = (row for row in ones if set(wanted) & _said(row))
-        return next((row for one in keeping for _, row in self._moves(one, places) if _has(row, wanted)), None)
-
-    def _places(self, said: Iterable[str]) -> list[int]:
-        names = dict.fromkeys(word.partition("=")[0] for word in said)
-        return list(dict.fromkeys(place for name in names for place in self._levers[name]))
+        """A row in which they meet, of one word's rows and another's."""
+        for word, other in itertools.permutations(wanted):
+            for row in tuple(self._having[word]):
+                if found := next((row for row in (row, *self._taken(row, other)) if _has(row, wanted)), None):
+                    return found
+        return None
 
     def improved(self, row: Row, wanted: Meeting, missing: set[Meeting]) -> Row:
-        """The row moved, choice by choice, to where more of the missing meet, and the wanted still do."""
-        places = self._places(word for meeting in missing for word in meeting)
-        self._chance.shuffle(places)
-        best = _gain(row, missing)
-        for place in places:
-            for _, other in self._moves(row, [place]):
-                gain = _gain(other, missing)
-                if gain > best and _has(other, wanted):
+        """The row with words of others, as long as more of the missing meet and the wanted still do."""
+        best = before = _gain(row, missing)
+        for word in self._lacking(missing):
+            for other in itertools.islice(self._taken(row, word), TRIED):
+                if (gain := _gain(other, missing)) > best and _has(other, wanted):
                     row, best = other, gain
-        return row
+        return row if best == before else self.improved(row, wanted, missing)
+
+    def _lacking(self, missing: set[Meeting]) -> list[str]:
+        words = sorted({word for meeting in missing for word in meeting})
+        return self._chance.sample(words, len(words))
 
 
 def _said(row: Row) -> set[str]:
