@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from fuzz.lockstep import Call, Divergence
 
-TWINS = ("again", "other_dispatcher")
+TWINS = ("again", "other_dispatcher", "plain_switches")
 PRECISIONS = ("float64", "float32")
 MOST_OPERATIONS = 8
 
@@ -102,6 +102,9 @@ def twin_of(case: Case) -> Case:
     if case.twin == "other_dispatcher":
         other = {"alltoall": "allgather", "allgather": "alltoall"}[case.switches.dispatcher]
         return replace(case, twin=None, switches=replace(case.switches, dispatcher=other))
+    if case.twin == "plain_switches":
+        plain = replace(case.switches, p2p="plain", deallocate=False, groups="global", decoder_input=False)
+        return replace(case, twin=None, switches=plain)
     return replace(case, twin=None)
 
 

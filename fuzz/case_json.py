@@ -20,7 +20,7 @@ SCHEMA = 2
 SINCE = {
     **dict.fromkeys(("layout.order", "layout.split", "layout.stages", "model.dense", "model.dense_ffn"), 2),
     **dict.fromkeys(("switches.p2p", "switches.deallocate", "switches.group", "switches.forward_sp"), 2),
-    **dict.fromkeys(("switches.decoder_input", "switches.padding_mask", "ppo.frozen"), 2),
+    **dict.fromkeys(("switches.decoder_input", "switches.padding_mask", "switches.groups", "ppo.frozen"), 2),
 }
 TUPLES = ("layout.stages", "model.dense")  # fields that are lists of ints
 MOST_CHARACTERS = 100_000

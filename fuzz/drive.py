@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import moe_utils
 
 from fuzz import cpu_platform, probe, pulse, recorder
@@ -56,8 +57,8 @@ def _globals() -> dict[str, Any]:
 _pristine = _globals()
 
 
-def use_groups(layout: Layout) -> None:
-    """Put megatron's parallel state as after a fresh initialize_model_parallel for this layout."""
+def use_groups(layout: Layout) -> ProcessGroupCollection:
+    """Put megatron's parallel state as after a fresh initialize_model_parallel for this layout; its groups."""
     uncut = replace(layout, vpp=1, split="even", stages=())
     vars(parallel_state).update(_groups.get(uncut, _pristine))
     if uncut in _groups:
@@ -72,6 +73,16 @@ def use_groups(layout: Layout) -> None:
     # State that lives in no model object (docs: FACTS 'State outside the model objects').
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
     _forget_logged_losses()
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def groups_of(case: Case, seen: "Seen") -> ProcessGroupCollection:
+    """The groups of a case's layout, after which parallel_state may be another's (`Switches.groups`)."""
+    groups = use_groups(case.layout)
+    seen.facts |= {"coordinates": _coordinates(), "groups": _named_groups()}
+    if case.switches.groups == "other":
+        use_groups(Layout(world=case.layout.world, tp=case.layout.tp))
+    return groups
 
 
 def _forget_logged_losses() -> None:
@@ -154,13 +165,12 @@ def step(progress: Callable[[str], None], case: Case, forced: Mapping[int, Mappi
     seen = Seen(progress)
     with precision.keep_float64(case.precision == "float64"):
         with seen.stage("groups"):
-            use_groups(case.layout)
+            groups = groups_of(case, seen)
         with seen.stage("models"):
-            roles = {name: megatron.make_role(case, name) for name in ROLES}
+            roles = {name: megatron.make_role(case, name, groups) for name in ROLES}
             for gpt in [gpt for role in roles.values() for gpt in role.gpts]:  # a lone rank makes no collectives
                 gpt.register_forward_pre_hook(seen.alive)
         _run(case, roles, forced or {}, seen)
-    seen.facts |= {"coordinates": _coordinates(), "groups": _named_groups()}
     seen.facts |= {f"layers/{name}": _layers(role) for name, role in roles.items()}
     return {"tensors": seen.tensors, "numbers": seen.numbers, "facts": seen.facts, "seconds": seen.seconds}
 

@@ -55,8 +55,8 @@ KNOWN = (
     ),
     Known(
         id="interleaved-two-stages",
-        upstream="docs/findings/interleaved-two-stages.md; Megatron-LM's training/arguments.py refuses it",
-        lives=("0.16.1",),
+        upstream="NVIDIA/Megatron-LM#1450 (open); docs/findings/interleaved-two-stages.md",
+        lives=("0.16.1", "0.19.2"),
         # Both neighbours are one rank: the two messages that it sends are taken for each other.
         covers=lambda case: case.layout.pp == 2 and case.layout.vpp > 1 and case.switches.p2p == "batched",
         law="ratio is one before the first step",
@@ -66,9 +66,24 @@ KNOWN = (
         ),
     ),
     Known(
-        id="padding-mask-of-later-stages",
-        upstream="NVIDIA/Megatron-LM#5563",
+        id="outputs-freed-while-sent",
+        upstream="NVIDIA/Megatron-LM#4047, commit 260cba7133",
         lives=("0.16.1",),
+        # deallocate_output_tensor swaps the storage of a tensor whose isend nobody has waited for: a race.
+        covers=lambda case: case.switches.deallocate and case.switches.p2p in ("overlapped", "flushed"),
+        law="ratio is one before the first step",
+        mend="toy_models.planted.mends:sent_tensors_outlive_deallocation",
+        example=Case(
+            layout=Layout(world=2, pp=2, vpp=2),
+            model=MoEModel(layers=4),
+            batch=Batch(rows=12, prompt=8, response=8),
+            switches=Switches(p2p="overlapped", deallocate=True),
+        ),
+    ),
+    Known(
+        id="padding-mask-of-later-stages",
+        upstream="NVIDIA/Megatron-LM#5563, #5088",
+        lives=("0.16.1", "0.19.2"),
         # Only the embedding's branch cuts the mask over TP; balance losses alone look at it.
         covers=lambda case: (
             case.switches.padding_mask != "none"
@@ -79,8 +94,8 @@ KNOWN = (
         law="every rank finishes",
         mend="toy_models.planted.mends:padding_mask_scattered_on_every_stage",
         example=Case(
-            layout=Layout(world=2, tp=2),
-            model=MoEModel(heads=2, kv_heads=2, aux_loss=1.0),
+            layout=Layout(world=2, tp=2, etp=2),
+            model=MoEModel(heads=2, kv_heads=2, ffn=4, aux_loss=1.0),
             switches=Switches(padding_mask="all_false", decoder_input=True),
             batch=Batch(prompt=3),
         ),

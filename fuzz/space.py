@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from fuzz.case import PRECISIONS
-from toy_models.spec import DISPATCHERS, FAMILIES, FROZEN, MASKS, OPTIMIZERS, PIPES, RAGGEDNESS, Layout
+from toy_models.spec import DISPATCHERS, FAMILIES, FROZEN, GROUPS, MASKS, OPTIMIZERS, PIPES, RAGGEDNESS, Layout
 
 WORLDS = (1, 2, 3, 4, 6, 8, 12, 16)
 PROPERTIES = (1, 2, 4, 8, 16)  # worlds with a property of their own; the others are drawn now and then in larger ones
@@ -61,6 +61,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "decoder_input": (False, True),
     "padding_mask": MASKS,
     "frozen": FROZEN,
+    "groups": GROUPS,
 }  # fmt: skip
 
 # Adam divides by its eps: in float32 rounding of 1e-7 over an eps of 1e-8 would move a weight by the whole rate, and

@@ -260,7 +260,14 @@ def _switches(draw: Draw, busy: int, layout: Layout, shape: dict[str, int], disp
         forward_sp=not _option(draw, busy),
         decoder_input=_option(draw, busy),
         padding_mask=_switched(draw, busy, "padding_mask"),
+        groups=_groups(draw, busy, layout),
     )
+
+
+def _groups(draw: Draw, busy: int, layout: Layout) -> str:
+    groups = _switched(draw, busy, "groups")
+    same_tp = layout.tp == 1 or layout.order.startswith("tp-")
+    return groups if same_tp or groups != "other" else "explicit"
 
 
 def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family: str | None) -> MoEModel:

@@ -27,8 +27,8 @@ def test_any_case(rehearse: Rehearse, world: int, data: st.DataObject) -> None:
 
 @given(st.data())
 def test_dispatchers_and_repetition(rehearse: Rehearse, world: int, data: st.DataObject) -> None:
-    """Every case has a twin: the other dispatcher, or itself once more."""
-    twin = data.draw(st.sampled_from(("other_dispatcher", "again")))
+    """Every case has a twin: the other dispatcher, plain switches, or itself once more."""
+    twin = data.draw(st.sampled_from(("other_dispatcher", "plain_switches", "again")))
     rehearse(data.draw(cases(mostly=world, twin=twin)))
 
 

@@ -12,7 +12,7 @@ import torch
 
 from fuzz import probe
 from fuzz.case import Case
-from fuzz.drive import Seen, use_groups
+from fuzz.drive import Seen, groups_of
 from toy_models import megatron, ppo, precision
 from toy_models.megatron import Role
 from toy_models.taps import Taps
@@ -43,8 +43,8 @@ def step(progress: Progress, case: Case, near: Forced, responses_RT: torch.Tenso
     seen = Seen(progress)
     with precision.keep_float64(case.precision == "float64"):
         progress("models")
-        use_groups(case.layout)
-        roles = {name: megatron.make_role(case, name) for name in ROLES}
+        groups = groups_of(case, seen)
+        roles = {name: megatron.make_role(case, name, groups) for name in ROLES}
         progress("rollout")
         sampled = ppo.roll_out(case, roles["actor"], 0, near)
         rollout = ppo.roll_out(case, roles["actor"], 0, _all(responses_RT))

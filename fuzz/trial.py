@@ -142,12 +142,13 @@ def _done(ranks: Sequence[Observation]) -> bool:
 
 
 def _reference_key(case: Case) -> tuple:
-    """What the reference depends on: the layout only where balance losses see micro-batches and padding."""
-    key = (case.model, case.batch, case.ppo, case.program, case.precision, case.seed)
+    """What the reference depends on: of the layout the padding, and with balance losses the micro-batches."""
+    width = padded_width(case.layout, case.batch)
+    key = (case.model, case.batch, case.ppo, case.program, case.precision, case.seed, width)
     if not (case.model.aux_loss or case.model.z_loss):
         return key
     shards = (case.layout.tp, case.layout.cp) if case.switches.padding_mask == "padding" else None
-    return (*key, partition(case.layout, case.batch, case.ppo), padded_width(case.layout, case.batch), shards)
+    return (*key, partition(case.layout, case.batch, case.ppo), shards)
 
 
 def _seconds(ranks: Sequence[Observation], reference: Observation) -> dict[str, float]:

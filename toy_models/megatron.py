@@ -1,7 +1,7 @@
 """The four models of PPO on megatron-core: configuration, layer spec, weights in and out under canonical names.
 
-Knows layouts and weights; knows nothing of PPO, of the reference or of the fuzzer. Process groups are megatron's
-own global ones (`parallel_state`), initialised by the caller.
+Knows layouts and weights; knows nothing of PPO, of the reference or of the fuzzer. Process groups are made by the
+caller: `Role.groups` has them, whether or not megatron takes its own from `parallel_state`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +18,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -48,15 +49,16 @@ class ScalarHead(torch.nn.Module):
     sequence, so the weight is marked `sequence_parallel` and finalize_model_grads sums its gradient over TP.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, tp: torch.distributed.ProcessGroup) -> None:
         super().__init__()
+        self.tp = tp
         self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         values = hidden @ self.weight.t()
         if self.weight.sequence_parallel:  # type: ignore[attr-defined]
-            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
+            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=self.tp)
         return values, None
 
 
@@ -147,9 +149,11 @@ def transformer_config(
     return config
 
 
-def _spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def _spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int | None) -> TransformerBlockSubmodules:
     """Megatron's own choice of layers for a stage, with norms and an attention that run here."""
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank
+    )
     for layer in block.layer_specs:
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
@@ -162,14 +166,20 @@ def _spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSu
 
 
 def build(
-    model: MoEModel, role: str, config: TransformerConfig, batch: Batch, layout: Layout, stage: int = 0
+    model: MoEModel,
+    role: str,
+    config: TransformerConfig,
+    batch: Batch,
+    layout: Layout,
+    stage: int = 0,
+    **explicit: ProcessGroupCollection,
 ) -> GPTModel:
     """A virtual stage of a GPTModel with the head of its role; its weights are whatever memory held until `load`."""
     token_head, rank = weights.has_token_head(role), torch.distributed.get_rank()
     vp_stage = stage if layout.vpp > 1 else None
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=_spec(config, vp_stage),
+        transformer_layer_spec=_spec(config, vp_stage, coordinates(layout, rank).pp if explicit else None),
         vocab_size=model.vocab,
         max_sequence_length=padded_width(layout, batch),
         pre_process=is_first(layout, rank) and stage == 0,
@@ -179,9 +189,10 @@ def build(
         rotary_base=families.rope_theta(model.family),
         parallel_output=True,
         vp_stage=vp_stage,
+        **explicit,
     )
     if not token_head and gpt.post_process:
-        gpt.output_layer = ScalarHead(config)
+        gpt.output_layer = ScalarHead(config, gpt.pg_collection.tp)
     if config.params_dtype == torch.float64:
         gpt.rotary_pos_emb.inv_freq = families.inv_freq(families.rope_theta(model.family), model.head_dim)
     return gpt
@@ -200,6 +211,7 @@ class Role:
     rank: int
     chunks: list[torch.nn.Module]
     switches: Switches
+    groups: ProcessGroupCollection
     optimizer: MegatronOptimizer | None = None
     scheduler: OptimizerParamScheduler | None = None
 
@@ -269,7 +281,9 @@ def load(role: Role, canonical: Mapping[str, torch.Tensor]) -> None:
             parameter.data.view(-1)[index.reshape(-1)] = part.reshape(-1)
 
 
-def _optimizer(role: str, chunks: Sequence[torch.nn.Module], ppo: PPO, precision: str) -> MegatronOptimizer:
+def _optimizer(
+    role: str, chunks: Sequence[torch.nn.Module], ppo: PPO, precision: str, explicit: Mapping[str, Any]
+) -> MegatronOptimizer:
     config = OptimizerConfig(
         optimizer=ppo.optimizer,
         lr=ppo.lr if role == "actor" else ppo.critic_lr,
@@ -281,7 +295,7 @@ def _optimizer(role: str, chunks: Sequence[torch.nn.Module], ppo: PPO, precision
         clip_grad=ppo.max_norm,
         params_dtype=DTYPES[precision],
     )
-    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
+    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, **explicit)
 
 
 def _scheduler(optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
@@ -302,31 +316,35 @@ def _scheduler(optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     )
 
 
-def make_role(case: Any, name: str) -> Role:
+def make_role(case: Any, name: str, groups: ProcessGroupCollection) -> Role:
     """Build, load and, for actor and critic, wrap in DDP with an optimizer; `case` has the parts of `spec`."""
     config = transformer_config(case.model, case.layout, case.switches, case.precision, name)
     stages = range(case.layout.vpp)
-    gpts = [build(case.model, name, config, case.batch, case.layout, stage) for stage in stages]
-    role = Role(name, case.model, case.layout, torch.distributed.get_rank(), gpts, case.switches)
+    explicit = {} if case.switches.groups == "global" else {"pg_collection": groups}
+    gpts = [build(case.model, name, config, case.batch, case.layout, stage, **explicit) for stage in stages]
+    role = Role(name, case.model, case.layout, torch.distributed.get_rank(), gpts, case.switches, groups)
     load(role, weights.canonical(case.model, name, case.seed))
     if name in TRAINED:
-        _learns(role, config, case.ppo, case.precision)
+        _learns(role, config, case.ppo, case.precision, explicit)
     else:
         for gpt in gpts:
             gpt.requires_grad_(False)
     return role
 
 
-def _learns(role: Role, config: TransformerConfig, ppo: PPO, precision: str) -> None:
+def _learns(
+    role: Role, config: TransformerConfig, ppo: PPO, precision: str, explicit: Mapping[str, ProcessGroupCollection]
+) -> None:
     """Wrap the chunks in DDP, as megatron's training does: buckets for the first chunk only."""
     for of, name, parameter in role.parameters():
         pieces = role.unpack(of, name, parameter.detach())
         parameter.requires_grad_(not all(weights.is_frozen(ppo.frozen, piece) for piece in pieces))
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
     role.chunks = [
-        DistributedDataParallel(config, ddp, gpt, disable_bucketing=stage > 0) for stage, gpt in enumerate(role.chunks)
+        DistributedDataParallel(config, ddp, gpt, disable_bucketing=stage > 0, **explicit)
+        for stage, gpt in enumerate(role.chunks)
     ]
-    role.optimizer = _optimizer(role.name, role.chunks, ppo, precision)
+    role.optimizer = _optimizer(role.name, role.chunks, ppo, precision, explicit)
     role.scheduler = _scheduler(role.optimizer)
     syncs = [chunk.no_sync for chunk in role.chunks]
     config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -30,8 +31,12 @@ Watch = Callable[[str, Role, int, Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sequences of this DP rank's rows, `rows` naming them: tokens_RW, mask_RT (1 where sampled), lengths in tokens."""
+    """Sequences of this DP rank's rows, `rows` naming them: tokens_RW, mask_RT (1 where sampled), lengths in tokens.
 
+    `groups` are the process groups that share them.
+    """
+
+    groups: ProcessGroupCollection
     rows: tuple[int, ...]
     tokens_RW: torch.Tensor
     mask_RT: torch.Tensor
@@ -42,7 +47,7 @@ class Rollout:
         """The same for some of the rows."""
         at = [self.rows.index(row) for row in wanted]
         parts = (self.tokens_RW, self.mask_RT, self.prompts_R, self.responses_R)
-        return Rollout(tuple(wanted), *(part[at] for part in parts))
+        return Rollout(self.groups, tuple(wanted), *(part[at] for part in parts))
 
     @property
     def states_RT(self) -> torch.Tensor:
@@ -77,7 +82,7 @@ def _step(batches: Any, module: torch.nn.Module, read: Callable, role: Role) -> 
     batch: Rollout = next(batches)
     positions_RW = torch.arange(batch.tokens_RW.shape[1]).expand_as(batch.tokens_RW)
     inputs = {"input_ids": batch.tokens_RW, "position_ids": positions_RW, "padding_mask": _padding(batch, role)}
-    own = get_batch_on_this_cp_rank(inputs)
+    own = get_batch_on_this_cp_rank(inputs, role.groups.cp)
     gpt = module.module if role.optimizer else module
     if role.switches.decoder_input and role.optimizer and gpt.pre_process:  # type: ignore[union-attr]
         own["decoder_input"] = gpt.embedding(own["input_ids"], own["position_ids"])  # type: ignore[union-attr,operator]
@@ -95,8 +100,8 @@ def _padding(batch: Rollout, role: Role) -> torch.Tensor | None:
 
 def _schedule(role: Role, batches: Sequence[Rollout], read: Callable, *, forward_only: bool) -> list[Any]:
     """What `read` returns beside the loss, per micro-batch; nothing on all stages but the last."""
-    schedule = get_forward_backward_func()
-    iterators = [iter(batches) for _ in role.chunks]
+    layout, iterators = role.layout, [iter(batches) for _ in role.chunks]
+    schedule = get_forward_backward_func(layout.pp, layout.vpp if layout.vpp > 1 else None)
     return schedule(  # type: ignore[no-any-return]
         forward_step_func=partial(_step, read=read, role=role),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -105,14 +110,22 @@ def _schedule(role: Role, batches: Sequence[Rollout], read: Callable, *, forward
         seq_length=batches[0].tokens_RW.shape[1],
         micro_batch_size=len(batches[0].rows),
         forward_only=forward_only,
+        **_explicit(role),
     )
+
+
+def _explicit(role: Role) -> dict[str, Any]:
+    """The groups as arguments of a schedule, where they are not to be taken from parallel_state."""
+    if role.switches.groups == "global":
+        return {}
+    return {"pg_collection": role.groups, "p2p_communicator": P2PCommunicator(role.groups.pp, role.config)}
 
 
 def _passes(case: Any, rollout: Rollout) -> list[list[Rollout]]:
     """All rows at once; for virtual stages, whose schedule needs several micro-batches, as they are trained."""
     if case.layout.vpp == 1:
         return [[rollout]]
-    dp_rank, parts = parallel_state.get_data_parallel_rank(), batching.partition(case.layout, case.batch, case.ppo)
+    dp_rank, parts = rollout.groups.dp.rank(), batching.partition(case.layout, case.batch, case.ppo)
     return [[rollout.take(micro) for micro in shares[dp_rank]] for shares in parts.micro]
 
 
@@ -130,23 +143,22 @@ def _evaluate(
     with torch.no_grad():
         found = [x for some in _passes(case, rollout) for x in _schedule(role, some, reading, forward_only=True)]
         own = torch.cat(found) if found else torch.empty(len(rollout.rows), *shape, dtype=role.config.params_dtype)
-        return _everywhere(own.contiguous(), parallel_state.get_context_parallel_group() if found else None)
+        return _everywhere(own.contiguous(), role.groups.cp if found else None, role.groups.pp)
 
 
-def _everywhere(own: torch.Tensor, sharing: dist.ProcessGroup | None) -> torch.Tensor:
+def _everywhere(own: torch.Tensor, sharing: dist.ProcessGroup | None, stages: dist.ProcessGroup) -> torch.Tensor:
     """Summed over those that share it, on the last stage; from there to all stages."""
     if sharing is not None and sharing.size() > 1:
         dist.all_reduce(own, group=sharing)
-    stages = parallel_state.get_pipeline_model_parallel_group()
     if stages.size() > 1:
-        dist.broadcast(own, parallel_state.get_pipeline_model_parallel_last_rank(), group=stages)
+        dist.broadcast(own, dist.get_process_group_ranks(stages)[-1], group=stages)
     return own
 
 
 def _own(batch: Rollout, at_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Which of these sequence positions are this context-parallel rank's own, and where among them they lie."""
-    cp, cp_rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-    places = batching.chunk_positions(batch.tokens_RW.shape[1], cp, cp_rank)
+    cp = batch.groups.cp
+    places = batching.chunk_positions(batch.tokens_RW.shape[1], cp.size(), cp.rank())
     where_W = torch.full(batch.tokens_RW.shape[1:], -1)
     where_W[places] = torch.arange(len(places))
     return where_W[at_RT] >= 0, where_W[at_RT].clamp(min=0)
@@ -165,20 +177,20 @@ def _at_states(batch: Rollout, x_RC: torch.Tensor) -> torch.Tensor:
 
 def token_logp(batch: Rollout, logits_RCV: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probabilities [R, T] of the response tokens from vocab-parallel logits, zero where masked."""
-    labels = get_batch_on_this_cp_rank({"labels": batch.tokens_RW.roll(-1, dims=1)})["labels"]
+    labels = get_batch_on_this_cp_rank({"labels": batch.tokens_RW.roll(-1, dims=1)}, batch.groups.cp)["labels"]
     scaled = (logits_RCV / temperature).transpose(0, 1).contiguous()
     return _at_states(batch, -vocab_parallel_cross_entropy(scaled, labels.t().contiguous()).t())
 
 
 def token_entropy(batch: Rollout, logits_RCV: torch.Tensor, temperature: float) -> torch.Tensor:
     """Entropies [R, T] of the sampling distributions from vocab-parallel logits, zero where masked."""
-    scaled = logits_RCV / temperature
+    scaled, tp = logits_RCV / temperature, batch.groups.tp
     top = scaled.detach().amax(-1)
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=tp)
     shifted = scaled - top[..., None]
     weight = shifted.exp()
-    total = reduce_from_tensor_model_parallel_region(weight.sum(-1))
-    moment = reduce_from_tensor_model_parallel_region((weight * shifted).sum(-1))
+    total = reduce_from_tensor_model_parallel_region(weight.sum(-1), tp)
+    moment = reduce_from_tensor_model_parallel_region((weight * shifted).sum(-1), tp)
     return _at_states(batch, total.log() - moment / total)
 
 
@@ -201,15 +213,16 @@ def last_score(batch: Rollout, output_RC1: torch.Tensor) -> torch.Tensor:
 # ---- rollout --------------------------------------------------------------------------------------------------
 
 
-def _prompts(case: Any, rows: tuple[int, ...], iteration: int) -> Rollout:
+def _prompts(case: Any, groups: ProcessGroupCollection, iteration: int) -> Rollout:
     batch, pad = case.batch, batching.pad_token(case.model, case.batch)
+    rows = batching.partition(case.layout, batch, case.ppo).rows_of(groups.dp.rank())
     prompts = batching.prompt_tokens(case.model, batch, case.seed, iteration)
     tokens = torch.full((len(rows), batching.padded_width(case.layout, batch)), pad)
     for i, row in enumerate(rows):
         tokens[i, : len(prompts[row])] = torch.tensor(prompts[row])
     lengths = torch.tensor([len(prompts[row]) for row in rows])
     mask = torch.zeros(len(rows), batch.response, dtype=torch.bool)
-    return Rollout(rows, tokens, mask, lengths, torch.zeros_like(lengths))
+    return Rollout(groups, rows, tokens, mask, lengths, torch.zeros_like(lengths))
 
 
 def sample(logits_RV: torch.Tensor, uniforms: Sequence[float], temperature: float) -> torch.Tensor:
@@ -222,7 +235,7 @@ def sample(logits_RV: torch.Tensor, uniforms: Sequence[float], temperature: floa
 
 
 def _last_logits(batch: Rollout, logits_RCV: torch.Tensor) -> torch.Tensor:
-    return gather_from_tensor_model_parallel_region(_at_last(batch, logits_RCV).contiguous())
+    return gather_from_tensor_model_parallel_region(_at_last(batch, logits_RCV).contiguous(), batch.groups.tp)
 
 
 def _put(case: Any, rollout: Rollout, drawn_R: torch.Tensor, position: int, iteration: int, forced: Mapping) -> None:
@@ -252,8 +265,7 @@ def roll_out(case: Any, actor: Role, iteration: int, forced: Mapping[tuple[int, 
     All ranks call the model equally often: experts serve the rows of other DP ranks, so a rank whose rows have
     ended goes on until the longest row of all has.
     """
-    parts = batching.partition(case.layout, case.batch, case.ppo)
-    rollout = _prompts(case, parts.rows_of(parallel_state.get_data_parallel_rank()), iteration)
+    rollout = _prompts(case, actor.groups, iteration)
     for position in range(max(batching.response_limits(case.batch, case.seed))):
         logits_RV = _evaluate(case, actor, rollout, _last_logits, case.model.vocab)
         uniforms = [batching.uniform("sample", case.seed, iteration, row, position) for row in rollout.rows]
@@ -285,18 +297,18 @@ def gae(
     return advantages, torch.where(mask_RT, advantages + values_RT, 0.0)
 
 
-def _global_sum(tensor: torch.Tensor) -> torch.Tensor:
+def _global_sum(tensor: torch.Tensor, dp: dist.ProcessGroup) -> torch.Tensor:
     total = tensor.sum()
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(total, group=dp)
     return total
 
 
-def whiten(advantages_RT: torch.Tensor, mask_RT: torch.Tensor) -> torch.Tensor:
+def whiten(advantages_RT: torch.Tensor, mask_RT: torch.Tensor, dp: dist.ProcessGroup) -> torch.Tensor:
     """Mean 0 and variance 1 over the masked-in tokens of the whole batch, on all DP ranks."""
-    count = _global_sum(mask_RT.to(advantages_RT.dtype))
-    mean = _global_sum(torch.where(mask_RT, advantages_RT, 0.0)) / count
+    count = _global_sum(mask_RT.to(advantages_RT.dtype), dp)
+    mean = _global_sum(torch.where(mask_RT, advantages_RT, 0.0), dp) / count
     centred = torch.where(mask_RT, advantages_RT - mean, 0.0)
-    variance = _global_sum(centred**2) / count
+    variance = _global_sum(centred**2, dp) / count
     return centred / (variance + 1e-8).sqrt()
 
 
@@ -317,7 +329,7 @@ def gather_experience(case: Any, roles: Roles, rollout: Rollout) -> Experience:
     settings = (case.ppo.gamma, case.ppo.lam)
     found["advantages"], found["returns"] = gae(found["rewards"], found["values"], rollout.mask_RT, *settings)
     if case.ppo.whiten:
-        found["advantages"] = whiten(found["advantages"], rollout.mask_RT)
+        found["advantages"] = whiten(found["advantages"], rollout.mask_RT, rollout.groups.dp)
     return Experience(rollout, **found)
 
 
@@ -373,8 +385,7 @@ def _metrics(role: Role, reports: Sequence[Mapping[str, Any]], tokens: torch.Ten
     totals = torch.zeros(len(names), dtype=tokens.dtype)
     for report in reports:
         totals += torch.stack([report["sums"][name] for name in names])
-    sharing = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    _everywhere(totals, sharing if role.last else None)
+    _everywhere(totals, role.groups.dp_cp if role.last else None, role.groups.pp)
     return dict(zip(names, (totals / tokens).tolist(), strict=True))
 
 
@@ -384,9 +395,9 @@ def _train(
     """One optimizer step of one role on one mini-batch; its metrics. `watch` sees gradients, then what the step did."""
     assert role.optimizer and role.scheduler
     batches = [experience.rollout.take(micro) for micro in rows]
-    tokens = _global_sum(torch.cat([batch.mask_RT for batch in batches]).to(experience.values.dtype))
+    tokens = _global_sum(torch.cat([batch.mask_RT for batch in batches]).to(experience.values.dtype), role.groups.dp)
     # The schedule divides by the number of micro-batches and DDP averages over DP; the loss is per token of both.
-    scale = len(batches) * parallel_state.get_data_parallel_world_size() / float(tokens)
+    scale = len(batches) * role.groups.dp.size() / float(tokens)
     for chunk in role.chunks:
         chunk.train()
         chunk.zero_grad_buffer()  # type: ignore[operator]
@@ -404,7 +415,7 @@ def _train(
 def update(case: Any, roles: Roles, experience: Experience, watch: Watch) -> list[dict[str, float]]:
     """All epochs over all mini-batches, one optimizer step of actor and critic each; metrics of every step."""
     parts = batching.partition(case.layout, case.batch, case.ppo)
-    dp_rank = parallel_state.get_data_parallel_rank()
+    dp_rank = roles["actor"].groups.dp.rank()
     history = []
     for step in range(case.ppo.epochs * case.ppo.mini_batches):
         rows = parts.micro[step % case.ppo.mini_batches][dp_rank]

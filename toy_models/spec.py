@@ -17,6 +17,7 @@ OPTIMIZERS = ("sgd", "adam")
 SPLITS = ("even", "ends", "embedding", "loss", "both", "list")
 # batch_p2p_comm, neither, overlap_p2p_comm, overlap_p2p_comm_warmup_flush
 PIPES = ("batched", "plain", "overlapped", "flushed")
+GROUPS = ("global", "explicit", "other")
 MASKS = ("none", "all_false", "padding")
 FROZEN = ("none", "router", "experts", "attention", "embedding")
 AXES = ("tp", "cp", "ep", "dp", "pp")
@@ -304,7 +305,8 @@ class Switches:
     that the interleaved schedule takes at a time (microbatch_group_size_per_vp_stage), 0 for as many as stages. Where
     not `forward_sp`, reference and reward model run without sequence parallelism. `decoder_input` hands the embedded
     tokens to the actor and the critic. `padding_mask` is that of GPTModel.forward; one that marks padding matters for
-    balance losses.
+    balance losses. `groups`: megatron takes its process groups from parallel_state; or is handed them; or is handed
+    them while parallel_state has those of another layout, with the same TP.
     """
 
     dispatcher: str = "alltoall"
@@ -315,9 +317,10 @@ class Switches:
     forward_sp: bool = True
     decoder_input: bool = False
     padding_mask: str = "none"
+    groups: str = "global"
 
     def __post_init__(self) -> None:
-        _check_choice(self, dispatcher=DISPATCHERS, p2p=PIPES, padding_mask=MASKS)
+        _check_choice(self, dispatcher=DISPATCHERS, p2p=PIPES, padding_mask=MASKS, groups=GROUPS)
         _check_counts(self, group=0)
         _check_flags(self, "perform_initialization", "deallocate", "forward_sp", "decoder_input")
 
@@ -347,6 +350,8 @@ def check_together(layout: Layout, model: MoEModel, batch: Batch, ppo: PPO, swit
         f"{ppo.mini_batches}*{layout.dp}*{batch.micro_rows}={cut}",
     )
     _check_stages(layout, model)
+    same = switches.groups != "other" or layout.tp == 1 or layout.order.startswith("tp-")
+    _require(same, f"groups='other' needs the same TP groups: tp={layout.tp} first in order={layout.order!r}")
     _check_schedule(layout, switches, batch.rows // cut)
     _check_products({**vars(model), **vars(batch), "width": batch.prompt + batch.response})
 

@@ -40,7 +40,11 @@ LAWS: tuple[Law, ...] = (
     updates.metrics_match_the_reference,
     state.reference_and_reward_models_never_change,
 )
-TWIN_LAWS = (twins.a_case_run_twice_is_bitwise_the_same, twins.the_dispatchers_agree)
+TWIN_LAWS = (
+    twins.a_case_run_twice_is_bitwise_the_same,
+    twins.switches_that_must_not_matter_do_not,
+    twins.the_dispatchers_agree,
+)
 LIVENESS: tuple[Law, ...] = (liveness.collectives_run_in_lock_step, liveness.every_rank_finishes)
 NAMES = tuple(law.__name__ for law in (*LIVENESS, *LAWS, *TWIN_LAWS))
 

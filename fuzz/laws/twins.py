@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fuzz.case import Case, Observation, Violation
+from fuzz.case import Case, Observation, Violation, twin_of
 from fuzz.laws.compare import BOUNDS, Finding, bound_of, differs
 
 DISPATCH = "/dispatch/"
@@ -14,13 +14,13 @@ def _unequal(mine: Observation, other: Observation) -> Finding | None:
     if dict(mine.numbers) != dict(other.numbers):
         key = next(k for k, v in mine.numbers.items() if other.numbers.get(k) != v)
         numbers = repr(mine.numbers[key]), repr(other.numbers.get(key))
-        return Finding(f"rank {mine.rank}, {key}", *numbers, f"{key} differs between two runs of one case")
+        return Finding(f"rank {mine.rank}, {key}", *numbers, f"{key} differs between a case and its twin")
     for key, tensor in mine.tensors.items():
         if not torch.equal(tensor, other.tensors[key]):
             worst = int((tensor.double() - other.tensors[key].double()).abs().flatten().argmax())
             numbers = repr(float(tensor.flatten()[worst])), repr(float(other.tensors[key].flatten()[worst]))
             witness = f"rank {mine.rank}, {key}, flat element {worst}"
-            return Finding(witness, *numbers, f"{key} differs between two runs of one case")
+            return Finding(witness, *numbers, f"{key} differs between a case and its twin")
     return None
 
 
@@ -34,6 +34,19 @@ def a_case_run_twice_is_bitwise_the_same(
         found = _unequal(mine, other)
         if found:
             raise Violation(case, "a case run twice is bitwise the same", *found)
+    return len(ranks)
+
+
+def switches_that_must_not_matter_do_not(
+    case: Case, ranks: Sequence[Observation], twins: Sequence[Observation], reference: Observation
+) -> int:
+    """How stages talk, what they free, whence groups come and who embeds: the same bits as without any of it."""
+    if case.twin != "plain_switches" or twin_of(case).switches == case.switches:
+        return 0
+    for mine, other in zip(ranks, twins, strict=True):
+        found = _unequal(mine, other)
+        if found:
+            raise Violation(case, "switches that must not matter do not", *found)
     return len(ranks)
 
 

@@ -75,6 +75,19 @@ def two_stages_meet_in_order() -> None:
     wrap(p2p_communication, "_batched_p2p_ops", _in_order)
 
 
+def _aliased(original: Callable, **messages: Any) -> Any:
+    sent = {name: tensor.detach() for name, tensor in messages.items() if "_send_" in name and tensor is not None}
+    return original(**messages | sent)
+
+
+def sent_tensors_outlive_deallocation() -> None:
+    """Overlapped p2p with deallocate_pipeline_outputs: what is on its way keeps its storage.
+
+    NVIDIA/Megatron-LM#4047, commit 260cba7133 (which waits for the send instead).
+    """
+    wrap(p2p_communication, "_p2p_ops", _aliased)
+
+
 def _scattered(original: Callable, self: Any, *args: Any, **kwargs: Any) -> tuple:
     found = list(original(self, *args, **kwargs))
     mask, embedded = kwargs.get("padding_mask"), kwargs.get("decoder_input") is not None
