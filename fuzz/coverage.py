@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fuzz.case import PRECISIONS, TWINS, Case
 from fuzz.space import DEGREES
-from toy_models.spec import DISPATCHERS, FAMILIES, FROZEN, MASKS, PIPES, RAGGEDNESS, SPLITS, Layout
+from toy_models.spec import DISPATCHERS, FAMILIES, FROZEN, GROUPS, MASKS, PIPES, RAGGEDNESS, SPLITS, Layout
 
 Meeting = tuple[str, ...]  # two or three words of different dimensions, such as ('tp=2', 'split=even')
 
@@ -133,6 +133,7 @@ DIMENSIONS: dict[str, Dimension] = {
     "weight decay": _on("ppo.weight_decay"),
     "frozen": _one_of("ppo.frozen", FROZEN),
     "dispatcher": _one_of("switches.dispatcher", DISPATCHERS),
+    "process groups": _one_of("switches.groups", GROUPS),
     "initialization": _on("switches.perform_initialization"),
     "deallocate": _on("switches.deallocate"),
     "forward sp": _on("switches.forward_sp"),

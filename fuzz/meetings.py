@@ -69,6 +69,11 @@ RULES: tuple[Rule, ...] = (
 RULED = tuple(dict.fromkeys((*LAYOUT, *(name for names, _ in RULES for name in names))))
 
 
+def related(name: str) -> set[str]:
+    """The dimension and those to which a rule ties it."""
+    return {name}.union(*(names for names, _ in RULES if name in names))
+
+
 def pairs(max_ranks: int) -> dict[Meeting, int]:
     """Every two words that can meet, and the smallest world in which they do."""
     return _all(tuple(itertools.combinations(DIMENSIONS, 2)), tuple(worlds(max_ranks)))

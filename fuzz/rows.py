@@ -22,6 +22,7 @@ from toy_models.spec import Layout
 STARTS = 150  # scripts by chance, in which most words occur
 KEPT = 5  # scripts with a word, to take it from
 TRIED = 1  # of them, in a step
+SHAKEN = 1000  # rows made by chance where none can be taken from others
 ALIKE = 3  # values of a choice that are tried, to see what it moves
 
 
@@ -63,10 +64,10 @@ def covering(world: int) -> tuple[Row, ...]:
     return tuple(found)
 
 
-def layouts(layout: Layout, number: int) -> Row:
-    """A row with this layout, all else by chance."""
+def with_layout(layout: Layout, seed: int) -> Row:
+    """A row with these degrees, all else by chance."""
     chosen = [x for name in NAMED for x in (DEGREES.index(getattr(layout, name)), 0)]
-    return made(layout.world, (_place(layout.world), 0, *chosen), random.Random(number))
+    return made(layout.world, (_place(layout.world), 0, *chosen), random.Random(seed))
 
 
 def _place(world: int) -> int:
@@ -111,12 +112,23 @@ class _Search:
             yield self._made(tuple((other if n in levers else row).script[n] for n in range(len(row.script))))
 
     def reached(self, wanted: Meeting) -> Row | None:
-        """A row in which they meet, of one word's rows and another's."""
+        """A row in which they meet: of one word's rows and another's, else by chance in what moves them."""
         for word, other in itertools.permutations(wanted):
             for row in tuple(self._having[word]):
                 if found := next((row for row in (row, *self._taken(row, other)) if _has(row, wanted)), None):
                     return found
-        return None
+        return next((row for row in self._shaken(wanted) if _has(row, wanted)), None)
+
+    def _shaken(self, wanted: Meeting) -> Iterator[Row]:
+        """Rows with one of the words, and a few of the choices made anew that move both, or what rules tie to them."""
+        names = {name for word in wanted for name in meetings.related(word.partition("=")[0])}
+        levers = sorted(set().union(*(self._levers[name] for name in names)))
+        near = [row for word in wanted for row in self._having[word]]
+        for row in self._chance.choices(near, k=SHAKEN) if near else ():
+            script = list(row.script)
+            for place in self._chance.sample(levers, min(len(levers), self._chance.randint(1, 5))):
+                script[place] = self._chance.randrange(row.sizes[place])
+            yield self._made(tuple(script))
 
     def improved(self, row: Row, wanted: Meeting, missing: set[Meeting]) -> Row:
         """The row with words of others, as long as more of the missing meet and the wanted still do."""

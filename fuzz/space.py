@@ -90,6 +90,12 @@ def worlds(max_ranks: int) -> list[int]:
     return [world for world in WORLDS if world <= max_ranks]
 
 
+def first_in(world: int) -> list[int]:
+    """The worlds that a property of this world is the first to have room for."""
+    before = max((size for size in PROPERTIES if size < world), default=0)
+    return [size for size in WORLDS if before < size <= world]
+
+
 @cache
 def all_layouts(world: int) -> tuple[Layout, ...]:
     """Every layout of a world, simplest first: few degrees above one, small, EP before TP; without virtual stages."""

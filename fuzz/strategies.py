@@ -278,7 +278,8 @@ def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family:
     normalised = draw(st.booleans())
     few, kv_heads = _option(draw, busy), layout.tp * _count(draw, 1, 2)
     heads = kv_heads * _count(draw, 1, 2)
-    kv_heads = 1 if few and (heads + 2) * 4 % layout.tp == 0 else kv_heads
+    head_dim = 6 if few and layout.tp % 3 == 0 else 4
+    kv_heads = 1 if few and (heads + 2) * head_dim % layout.tp == 0 else kv_heads
     dense, dense_ffn = _dense(draw, busy, sizes["layers"]), layout.tp * _count(draw, 1, 3)
     dense = () if chosen == "mixtral" else dense
     shared = layout.tp * _count(draw, 2, 4)
@@ -286,10 +287,10 @@ def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family:
         family=chosen,
         **sizes,
         norm_topk_prob=chosen == "mixtral" or (normalised and sizes["top_k"] > 1),
-        hidden=8 if chosen == "qwen3moe" else heads * 4,
+        hidden=8 if chosen == "qwen3moe" else heads * head_dim,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=4,
+        head_dim=head_dim,
         ffn=layout.etp * _count(draw, 2, 4),
         shared_ffn=shared if chosen == "qwen2moe" else 0,
         vocab=layout.tp * _count(draw, -(-8 // layout.tp), 16 // layout.tp),
