@@ -52,7 +52,7 @@ def made(world: int, script: Script, chance: random.Random) -> Row:
 def covering(world: int) -> tuple[Row, ...]:
     """The rows of a world: what can meet in it, and in no smaller one."""
     missing, found = {meeting for meeting, least in meetings.pairs(world).items() if least == world}, []
-    search, hopeless = _Search(world), set()
+    search, hopeless = _Search(world), set[Meeting]()
     while left := missing - hopeless:
         often = Counter(word for meeting in left for word in meeting)
         wanted = max(sorted(left), key=lambda meeting: sum(map(often.__getitem__, meeting)))
