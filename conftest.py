@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import Phase, event, settings
+from hypothesis import Phase, currently_in_test_context, event, settings
 from rich.console import Console
 
 from fuzz import forking, known, summary
@@ -156,7 +156,7 @@ def rehearse(pytestconfig: pytest.Config, trials: Trials) -> Callable[[Case], No
     def judge(case: Case) -> Violation | None:
         verdict = trials.judge(case)
         summary.count(pytestconfig.stash[TALLY], verdict)
-        for law, number in verdict.counts.items():
+        for law, number in verdict.counts.items() if currently_in_test_context() else ():
             event(f"{law}: {'fired' if number else 'vacuous'}")
         return verdict.violation
 

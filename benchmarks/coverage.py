@@ -1,6 +1,7 @@
 """What drawn cases cover, without running them: `python benchmarks/coverage.py [--cases 1000] [--max-ranks 4]`.
 
-The cases are those of the properties, shared out evenly over their worlds; then the covering rows, alone and with them.
+Drawn cases as the properties draw them, shared out evenly over their worlds; the covering rows; and as many in all
+as `--cases`, the rows and, where they are fewer, drawn ones: how a run begins.
 """
 
 import argparse
@@ -58,12 +59,17 @@ def main() -> None:
     parser.add_argument("--max-ranks", type=int, default=4)
     asked = parser.parse_args()
     sizes = [size for size in PROPERTIES if size <= asked.max_ranks]
-    properties = [case for size in sizes for case in drawn(size, asked.cases // len(sizes))]
+    by_size = [drawn(size, asked.cases // len(sizes)) for size in sizes]
+    mixed = [case for some in zip(*by_size, strict=True) for case in some]
     began = time.process_time()
     rows = {world: covering(world) for world in worlds(asked.max_ranks)}
     seconds = time.process_time() - began
-    table = Table("cases", "number", "layouts", "pairs", "triples")
-    for name, found in {"drawn": properties, "rows": [row.case for some in rows.values() for row in some]}.items():
+    table, listed = (
+        Table("cases", "number", "layouts", "pairs", "triples"),
+        [r.case for some in rows.values() for r in some],
+    )
+    both = [*listed, *mixed][: asked.cases]
+    for name, found in {"drawn": mixed, "rows": listed, "rows and drawn": both}.items():
         table.add_row(*covered(name, found, asked.max_ranks))
     console = Console(width=120)
     console.print(table)
