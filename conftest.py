@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import Phase, event, settings
+from hypothesis import Phase, currently_in_test_context, event, settings
 from rich.console import Console
 
 from fuzz import forking, known, refusals, summary
@@ -27,16 +27,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Phase.explain re-runs a minimal case hundreds of times; the clock is the pool's, not Hypothesis's.
 _ALL = tuple(phase for phase in Phase if phase is not Phase.explain)
+DEEP = 2000
 _COMMON: dict[str, Any] = {"deadline": None, "phases": _ALL, "print_blob": False}
 settings.register_profile("dev", max_examples=30, **_COMMON)
 settings.register_profile("ci", max_examples=30, derandomize=True, database=None, **_COMMON)
-settings.register_profile("deep", max_examples=2000, **_COMMON)
+settings.register_profile("deep", max_examples=DEEP, **_COMMON)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ep-ppo-fuzz")
     group.addoption("--max-ranks", type=int, default=4, help="largest world that is drawn (default 4)")
+    group.addoption("--every-layout", action="store_true", help="each layout once, as in the deep profile")
     group.addoption("--no-known", action="store_true", help="do not step around known bugs of megatron-core")
     group.addoption("--any-version", action="store_true", help="go on with an unsupported megatron-core")
     group.addoption(
@@ -105,6 +107,13 @@ def _trials(config: pytest.Config, mends: tuple[str, ...]) -> Iterator[Trials]:
 
 
 @pytest.fixture(scope="session")
+def long(pytestconfig: pytest.Config) -> None:
+    """What takes long is asked for, or belongs to the deep profile."""
+    if not (pytestconfig.getoption("every_layout") or settings().max_examples >= DEEP):
+        pytest.skip("in the deep profile, or with --every-layout")
+
+
+@pytest.fixture(scope="session")
 def trials(pytestconfig: pytest.Config) -> Iterator[Trials]:
     """The warm pools; known bugs of megatron-core are mended unless --no-known."""
     yield from _trials(pytestconfig, () if pytestconfig.getoption("no_known") else known.mends())
@@ -150,7 +159,7 @@ def rehearse(pytestconfig: pytest.Config, trials: Trials) -> Callable[[Case], No
     def judge(case: Case) -> Violation | None:
         verdict = trials.judge(case)
         summary.count(pytestconfig.stash[TALLY], verdict)
-        for law, number in verdict.counts.items():
+        for law, number in verdict.counts.items() if currently_in_test_context() else ():
             event(f"{law}: {'fired' if number else 'vacuous'}")
         return verdict.violation
 

@@ -90,6 +90,19 @@ def worlds(max_ranks: int) -> list[int]:
     return [world for world in WORLDS if world <= max_ranks]
 
 
+def first_in(world: int) -> list[int]:
+    """The worlds that a property of this world is the first to have room for."""
+    before = max((size for size in PROPERTIES if size < world), default=0)
+    return [size for size in WORLDS if before < size <= world]
+
+
+def worlds_below(world: int) -> list[int]:
+    """Smaller worlds, few, so that they are drawn now and then only: those with properties, and the largest other one."""
+    below = worlds(world - 1)
+    others = [size for size in below if size not in PROPERTIES]
+    return [size for size in below if size in (*PROPERTIES, *others[-1:])]
+
+
 @cache
 def all_layouts(world: int) -> tuple[Layout, ...]:
     """Every layout of a world, simplest first: few degrees above one, small, EP before TP; without virtual stages."""
@@ -125,7 +138,12 @@ def fitting(tried: Sequence[int], pins: dict[str, int]) -> dict[int, list[Layout
 
 
 def _fitting(world: int, pins: dict[str, int]) -> list[Layout]:
-    return [x for x in all_layouts(world) if all(getattr(x, name) == value for name, value in pins.items())]
+    return _having(world, tuple(pins.items()))
+
+
+@cache
+def _having(world: int, pins: tuple[tuple[str, int], ...]) -> list[Layout]:
+    return [x for x in all_layouts(world) if all(getattr(x, name) == value for name, value in pins)]
 
 
 def _nothing_fits(tried: Sequence[int], pins: dict[str, int]) -> str:

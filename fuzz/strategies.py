@@ -7,19 +7,20 @@ layers, tokens, steps, switches, everything else. What is off is drawn too, and 
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy, composite
 
+from fuzz import choices as st
 from fuzz.case import PRECISIONS, TWINS, Case
-from fuzz.space import ADAM, DEGREES, EPSILONS, NAMED, VALUES, fitting, schedules
+from fuzz.space import ADAM, DEGREES, EPSILONS, NAMED, VALUES, fitting, schedules, worlds_below
 from fuzz.space import all_layouts as all_layouts
 from fuzz.space import worlds as worlds
 from toy_models.spec import DISPATCHERS, FAMILIES, PIPES, PPO, SPLITS, Batch, Layout, MoEModel, Switches
 
-Draw = Callable[[st.SearchStrategy], Any]
+Draw = st.Draw
 
 CHOICES = {"family": FAMILIES, "precision": PRECISIONS, "twin": TWINS, "dispatcher": DISPATCHERS}
 MOST_STAGES = 8  # with virtual ones; of more than half as many each has one layer
@@ -28,18 +29,27 @@ BUSY = 3  # steps between a case with no option on and one with most of them
 # Before anything else Hypothesis goes once through all choices that are drawn from 0 on and lie below this, first to
 # last, puts each to 0, and tries the smaller values of those that others hang on. So a failure goes to a smaller world,
 # layout and model while most of its budget is left; later passes begin with the last choice.
-ALTERNATIVES = 11
+ALTERNATIVES = st.ALTERNATIVES
 
 
 def layouts(
     *, max_ranks: int = 4, world: int | None = None, mostly: int | None = None, **degrees: int | None
-) -> st.SearchStrategy[Layout]:
+) -> SearchStrategy[Layout]:
     """Layouts of 1 to `max_ranks` ranks; `tp`, `pp`, `cp`, `ep`, `etp`, `dp`, `edp` pin. ValueError where none fits.
 
     Shrinks towards one rank, and within a world towards small degrees. Within a world all are equally likely. `world`
     pins; `mostly` draws that world, and smaller ones now and then, so that a failure can shrink below it.
     """
-    pins = {name: degree for name, degree in degrees.items() if degree is not None}
+    return _layouts(_bag(max_ranks, world, mostly, degrees), _pinned(degrees))
+
+
+def _pinned(degrees: Mapping[str, int | None]) -> dict[str, int]:
+    return {name: degree for name, degree in degrees.items() if degree is not None}
+
+
+def _bag(max_ranks: int, world: int | None, mostly: int | None, degrees: Mapping[str, int | None]) -> list[int]:
+    """The worlds to choose from, each as often as it shall count."""
+    pins = _pinned(degrees)
     if max_ranks < 1:
         raise ValueError(f"max_ranks={max_ranks} must be at least 1")
     if world is not None and mostly is not None:
@@ -48,13 +58,17 @@ def layouts(
     found = list(fitting(worlds(max_ranks) if usual is None else [usual], pins))
     if mostly is None:
         # Larger worlds have more layouts: each counts as often as its place in the list.
-        return _layouts([size for place, size in enumerate(found, 1) for _ in range(place)], pins)
-    smaller = list(fitting([*worlds(mostly - 1), mostly], pins))
-    return _layouts([*smaller, *[mostly] * (ALTERNATIVES - len(smaller))], pins)
+        return [size for place, size in enumerate(found, 1) for _ in range(place)]
+    smaller = list(fitting([*worlds_below(mostly), mostly], pins))
+    return [*smaller, *[mostly] * (ALTERNATIVES - len(smaller))]
 
 
-@st.composite
-def _layouts(draw: Draw, bag: Sequence[int], pins: dict[str, int]) -> Layout:
+@composite
+def _layouts(draw: Callable[[SearchStrategy], Any], bag: Sequence[int], pins: dict[str, int]) -> Layout:
+    return _layout(st.drawn(draw), bag, pins)
+
+
+def _layout(draw: Draw, bag: Sequence[int], pins: dict[str, int]) -> Layout:
     # (`integers`, as `sampled_from` makes no choice where there is one value.)
     world = bag[draw(st.integers(0, len(bag) - 1))]
     draw(st.integers(world, world))  # what follows hangs on the world: seen by its bounds, so that 2 is tried after 1
@@ -114,7 +128,7 @@ def cases(
     twin: str | None = None,
     dispatcher: str | None = None,
     **degrees: int | None,
-) -> st.SearchStrategy[Case]:
+) -> SearchStrategy[Case]:
     """Whole cases. Shrinks towards one rank, one layer, two experts, one row of one prompt and one response token.
 
     `mostly` draws that world, and smaller ones now and then; `tp`, `pp`, `cp`, `ep`, `etp`, `dp`, `edp` pin degrees.
@@ -124,12 +138,27 @@ def cases(
     for name, allowed in CHOICES.items():
         if pins[name] is not None and pins[name] not in allowed:
             raise ValueError(f"{name}={pins[name]!r} is unknown; choose one of {', '.join(allowed)}")
-    return _cases(layouts(max_ranks=max_ranks, world=world, mostly=mostly, **degrees), pins)
+    return _cases(_bag(max_ranks, world, mostly, degrees), _pinned(degrees), pins)
 
 
-@st.composite
-def _cases(draw: Draw, places: st.SearchStrategy[Layout], pins: dict[str, str | None]) -> Case:
-    layout = draw(places)
+def scripted(world: int, draw: st.Scripted) -> Case:
+    """The case that `cases(mostly=world)` makes of a script."""
+    return _case(draw, _bag(world, None, world, {}), {}, dict.fromkeys(CHOICES))
+
+
+@composite
+def rows(draw: Callable[[SearchStrategy], Any], world: int, script: st.Script) -> Case:
+    """Cases of a script or simpler in each choice, mostly as it is there; shrinks as `cases(mostly=world)` does."""
+    return _case(st.below(draw, script), _bag(world, None, world, {}), {}, dict.fromkeys(CHOICES))
+
+
+@composite
+def _cases(draw: Callable[[SearchStrategy], Any], *how: Any) -> Case:
+    return _case(st.drawn(draw), *how)
+
+
+def _case(draw: Draw, bag: Sequence[int], degrees: dict[str, int], pins: dict[str, str | None]) -> Case:
+    layout = _layout(draw, bag, degrees)
     sizes = _sizes(draw, layout)
     shape = _shape(draw)
     busy = draw(st.integers(0, BUSY))
@@ -249,7 +278,8 @@ def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family:
     normalised = draw(st.booleans())
     few, kv_heads = _option(draw, busy), layout.tp * _count(draw, 1, 2)
     heads = kv_heads * _count(draw, 1, 2)
-    kv_heads = 1 if few and (heads + 2) * 4 % layout.tp == 0 else kv_heads
+    head_dim = 6 if few and layout.tp % 3 == 0 else 4
+    kv_heads = 1 if few and (heads + 2) * head_dim % layout.tp == 0 else kv_heads
     dense, dense_ffn = _dense(draw, busy, sizes["layers"]), layout.tp * _count(draw, 1, 3)
     dense = () if chosen == "mixtral" else dense
     shared = layout.tp * _count(draw, 2, 4)
@@ -257,10 +287,10 @@ def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family:
         family=chosen,
         **sizes,
         norm_topk_prob=chosen == "mixtral" or (normalised and sizes["top_k"] > 1),
-        hidden=8 if chosen == "qwen3moe" else heads * 4,
+        hidden=8 if chosen == "qwen3moe" else heads * head_dim,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=4,
+        head_dim=head_dim,
         ffn=layout.etp * _count(draw, 2, 4),
         shared_ffn=shared if chosen == "qwen2moe" else 0,
         vocab=layout.tp * _count(draw, -(-8 // layout.tp), 16 // layout.tp),

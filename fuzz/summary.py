@@ -4,18 +4,19 @@ A tally is plain data, which travels from pytest-xdist's workers in a report; ta
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
 
-from fuzz import known, laws, refusals
+from fuzz import coverage, known, laws, meetings, refusals
 from fuzz.laws import refusal
-from fuzz.strategies import all_layouts
+from fuzz.space import NAMED, all_layouts
 from fuzz.trial import Verdict
 
 MOST_INCONCLUSIVE = 0.02  # of the cases
+MOST_NAMED = 10  # of what was missed
 FEW = 100  # below this many cases a share of two in a hundred says nothing
 
 Tally = dict[str, dict[str, float]]
@@ -26,6 +27,7 @@ def count(tally: Tally, verdict: Verdict) -> None:
     case = verdict.case
     _add(tally, "worlds", {str(case.layout.world): 1})
     _add(tally, "layouts", {_name(case): 1})
+    _add(tally, "words", {coverage.code(case): 1})
     _add(tally, "precision", {case.precision: 1})
     _add(tally, "fired", {law: n > 0 for law, n in verdict.counts.items()})
     _add(tally, "vacuous", {law: n == 0 for law, n in verdict.counts.items()})
@@ -45,8 +47,7 @@ def count_broken(tally: Tally, verdict: refusals.Verdict) -> None:
 
 def _name(case: Any) -> str:
     layout = case.layout
-    stages = f"{layout.pp}x{layout.vpp}" if layout.vpp > 1 else str(layout.pp)
-    return f"{layout.world}: tp{layout.tp} pp{stages} cp{layout.cp} ep{layout.ep} etp{layout.etp}"
+    return f"{layout.world}: " + " ".join(f"{name}{getattr(layout, name)}" for name in NAMED)
 
 
 def _add(tally: Tally, kind: str, numbers: Mapping[str, float]) -> None:
@@ -104,6 +105,8 @@ def _cases(tally: Tally) -> Table:
     table.add_row("cases", f"{number} ({_listed({f'{w} ranks': n for w, n in sorted(worlds.items())})})")
     possible = sum(len(all_layouts(int(world))) for world in worlds)
     table.add_row("layouts", f"{len(tally['layouts'])} of {possible} in these worlds")
+    for row in _covered(tally):
+        table.add_row(*row)
     table.add_row("precision", _listed(tally["precision"]))
     shapes = {name.replace("_", " "): f"{n} ({n / number:.0%})" for name, n in tally["shapes"].items()}
     table.add_row("cases with", _listed(shapes))
@@ -111,6 +114,25 @@ def _cases(tally: Tally) -> Table:
     table.add_row("inconclusive", f"{cases['inconclusive']}: {_listed(tally['inconclusive']) or 'none'}")
     table.add_row("ill-conditioned", f"{cases['ill']}")
     return table
+
+
+def _covered(tally: Tally) -> list[tuple[str, str]]:
+    """What met, of what can meet in as many ranks as the largest case had; what did not, by name."""
+    ranks, words = max(map(int, tally["worlds"])), [coverage.decoded(code) for code in tally["words"]]
+    return [
+        ("pairs", _share(meetings.pairs(ranks), {pair for word in words for pair in coverage.pairs(word)}, named=True)),
+        ("triples", _share(meetings.threes(ranks), {three for word in words for three in coverage.threes(word)})),
+    ]
+
+
+def _share(possible: Collection[tuple[str, ...]], met: set[tuple[str, ...]], named: bool = False) -> str:
+    missed = [meeting for meeting in possible if meeting not in met]
+    number = len(possible) - len(missed)
+    names = ", ".join(" & ".join(meeting) for meeting in missed[:MOST_NAMED])
+    more = f" and {len(missed) - MOST_NAMED} more" if len(missed) > MOST_NAMED else ""
+    return f"{number} of {len(possible)} ({number / len(possible):.1%})" + (
+        f"; missed: {names}{more}" if names and named else ""
+    )
 
 
 def _listed(numbers: Mapping[str, Any]) -> str:

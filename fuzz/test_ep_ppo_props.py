@@ -1,11 +1,12 @@
 """The properties: generated PPO iterations on real megatron-core, judged by all laws. Run with `pytest fuzz/`.
 
-Each property draws another region and judges every law; each is parametrised by world, so that `-k 2ranks` selects
-and pytest-xdist shares them out. Now and then fewer ranks are drawn, so that a failure can shrink below its world. To
-keep a failure for good, paste its `@example(Case(...))` line above `test_pasted_cases`.
+The covering rows come first: in them every two values that can meet do. Each further property draws another region,
+and all judge every law; each is parametrised by world, so that `-k 2ranks` selects and pytest-xdist shares them out.
+Now and then fewer ranks are drawn, so that a failure can shrink below its world. To keep a failure for good, paste its
+`@example(Case(...))` line above `test_pasted_cases`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 from hypothesis import Phase, example, given, settings
@@ -16,11 +17,49 @@ from fuzz.broken import Broken
 from fuzz.broken_strategies import broken_configurations
 from fuzz.case import Case, Violation
 from fuzz.known import Known, living
-from fuzz.strategies import cases
+from fuzz.rows import Row, covering, with_layout
+from fuzz.space import all_layouts, first_in
+from fuzz.strategies import cases, rows
 from fuzz.trial import Trials
 
 Rehearse = Callable[[Case], None]
 Refuse = Callable[[Broken], None]
+SIMPLER = 100  # cases at most in which a row's failure is looked for again, to be shrunk
+
+
+def test_covering_rows(rehearse: Rehearse, world: int) -> None:
+    """Every two values that can meet in this many ranks, and in no fewer than the property before has."""
+    rehearse_rows(rehearse, (row for ranks in first_in(world) for row in covering(ranks)))
+
+
+def test_every_layout(rehearse: Rehearse, world: int, long: None) -> None:
+    """Each layout of this many ranks once."""
+    rehearse_rows(rehearse, (with_layout(layout, seed) for seed, layout in enumerate(all_layouts(world))))
+
+
+def rehearse_rows(rehearse: Rehearse, tried: Iterable[Row]) -> None:
+    """Each row as it is; from the first that fails Hypothesis goes on to what is simpler."""
+    for row in tried:
+        if violation := _violation(rehearse, row.case):
+            _simpler(rehearse, row)
+            raise violation
+
+
+def _violation(rehearse: Rehearse, case: Case) -> Violation | None:
+    try:
+        rehearse(case)
+    except Violation as violation:
+        return violation
+    return None
+
+
+def _simpler(rehearse: Rehearse, row: Row) -> None:
+    @settings(max_examples=SIMPLER, database=None, phases=[Phase.generate, Phase.shrink])
+    @given(rows(row.world, row.script))
+    def at_most(case: Case) -> None:
+        rehearse(case)
+
+    at_most()
 
 
 @given(st.data())

@@ -42,7 +42,7 @@ SYSTEM = Row(
 PARENT = Row(
     "torch.* hypothesis.* pytest rich.* fuzz.case fuzz.case_json fuzz.strategies fuzz.forking fuzz.ranks fuzz.laws.* "
     "fuzz.broken fuzz.broken_strategies fuzz.known_refusals fuzz.refusals fuzz.timebox "
-    "fuzz.known fuzz.space fuzz.trial fuzz.summary fuzz.search toy_models.spec toy_models.weights"
+    "fuzz.known fuzz.rows fuzz.space fuzz.trial fuzz.summary fuzz.search toy_models.spec toy_models.weights"
 )
 TABLE = {
     "conftest": PARENT,
@@ -114,8 +114,14 @@ TABLE = {
     "fuzz.order": Row("fuzz.case fuzz.space"),
     "fuzz.neighbours": Row("fuzz.case fuzz.order fuzz.space toy_models.coordinates toy_models.spec"),
     "fuzz.neighbourhood": Row("fuzz.case fuzz.neighbours fuzz.order"),
-    "fuzz.strategies": Row("hypothesis.* fuzz.case fuzz.space toy_models.spec"),
-    "fuzz.summary": Row("rich.* fuzz.known fuzz.laws.* fuzz.refusals fuzz.strategies fuzz.trial"),
+    "fuzz.choices": Row("hypothesis.*"),
+    "fuzz.coverage": Row("fuzz.case fuzz.space toy_models.spec"),
+    "fuzz.meetings": Row("fuzz.coverage fuzz.space"),
+    "fuzz.rows": Row("fuzz.case fuzz.choices fuzz.coverage fuzz.meetings fuzz.space fuzz.strategies toy_models.spec"),
+    "fuzz.strategies": Row("hypothesis.* fuzz.case fuzz.choices fuzz.space toy_models.spec"),
+    "fuzz.summary": Row(
+        "rich.* fuzz.coverage fuzz.known fuzz.laws.* fuzz.meetings fuzz.refusals fuzz.space fuzz.trial"
+    ),
     "fuzz.test_ep_ppo_props": PARENT,
     "fuzz.trial": Row("fuzz.broken fuzz.case fuzz.laws.* fuzz.ranks toy_models.batching toy_models.spec"),
     "fuzz.truth": Row("torch.* fuzz.case toy_models.reference"),
@@ -152,6 +158,8 @@ NEVER = {
     "fuzz.truth_trace": "hypothesis pytest rich megatron torch.distributed toy_models.ppo fuzz.laws fuzz.ranks",
     "fuzz.truth": "hypothesis pytest rich megatron torch.distributed toy_models.ppo toy_models.megatron fuzz.laws",
     "fuzz.strategies": "torch megatron transformers fuzz.ranks",
+    "fuzz.meetings": "torch megatron transformers hypothesis",
+    "fuzz.rows": "torch megatron transformers fuzz.ranks",
     "fuzz.case_json": "torch megatron transformers hypothesis",
     "fuzz.known": "torch megatron transformers hypothesis",
     "fuzz.show": "torch megatron transformers hypothesis",

@@ -16,7 +16,7 @@ from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from fuzz import strategies
+from fuzz import choices, strategies
 from fuzz.case import PRECISIONS, TWINS, Case
 from fuzz.space import DEGREES, EPSILONS, NAMED, PINNED, VALUES, WORLDS, all_layouts, schedules
 from fuzz.strategies import cases, layouts
@@ -146,7 +146,7 @@ class Counting:
 def test_every_case_draws_equally_many_choices(pins: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Hypothesis prefers fewer choices to smaller ones: a larger layout with fewer draws would win."""
     counting, seen = Counting(), set()
-    monkeypatch.setattr(strategies, "st", counting)
+    monkeypatch.setattr(choices, "st", counting)
 
     @settings(max_examples=60, **STEADY)
     @given(st.data())
@@ -163,7 +163,7 @@ def test_no_draw_has_a_single_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """`sampled_from` draws nothing where it has one value: the number of choices would hang on the layout."""
     shortest: list[int] = []
     noting = {"sampled_from": lambda values: shortest.append(len(values)) or st.sampled_from(values)}
-    monkeypatch.setattr(strategies, "st", SimpleNamespace(**vars(st) | noting))
+    monkeypatch.setattr(choices, "st", SimpleNamespace(**vars(st) | noting))
     drawn(cases(max_ranks=8), 60)
     assert min(shortest) >= 2
 

@@ -1,0 +1,131 @@
+"""Which words of two or three dimensions can meet in one case, and in how small a world; no case is made to find out.
+
+A rule says which words of its dimensions go together; words meet where all rules can be kept at once. The rules follow
+`toy_models.spec`: they know nothing of how cases are drawn.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from types import SimpleNamespace
+
+from fuzz.coverage import AIMED, ALL, DIMENSIONS, LAYOUT, Meeting, power_of_two, said, words
+from fuzz.space import all_layouts, worlds
+
+Rule = tuple[tuple[str, ...], Callable[..., bool]]
+
+MISSING = ("stage without experts", "last without experts")
+
+
+def _empty_stage(empty: str, split: str, contents: str) -> bool:
+    """Embedding and loss can count as the only layer of their stage; a list can leave out any."""
+    if empty == "no":
+        return True
+    if split in ("loss", "both"):
+        return contents == "last without experts"
+    return split in ("embedding", "list") and contents in MISSING
+
+
+def _two_stages(pp: str, vpp: str, empty: str, split: str, contents: str) -> bool:
+    """Where one of two stages is empty, the other holds all layers."""
+    if (pp, vpp, empty) != ("2", "1", "yes"):
+        return True
+    return split != "both" and (split, contents) != ("embedding", "last without experts")
+
+
+def _no_dense(family: str, empty: str, split: str, contents: str) -> bool:
+    """Mixtral has no dense layers: a stage without experts is an empty one."""
+    if family != "mixtral" or contents == "experts":
+        return True
+    return empty == "yes" and (split, contents) != ("embedding", "last without experts")
+
+
+def _number(number: str, against: str, pp: str) -> bool:
+    """As many micro-batches as stages, or fewer: 3 of 4 are no power of two, and below none is."""
+    if against == "as many":
+        return (number == "power of two") == power_of_two(int(pp))
+    return against == "more" or number == "power of two" or int(pp) > 3
+
+
+RULES: tuple[Rule, ...] = (
+    (("vpp", "pp"), lambda vpp, pp: vpp == "1" or pp != "1"),
+    (("split", "pp"), lambda split, pp: split == "even" or pp != "1"),
+    (("contents", "pp"), lambda contents, pp: contents not in MISSING or pp != "1"),
+    (("empty stage", "split", "contents"), _empty_stage),
+    (("pp", "vpp", "empty stage", "split", "contents"), _two_stages),
+    (("family", "empty stage", "split", "contents"), _no_dense),
+    (("family", "top-k"), lambda family, top_k: family != "mixtral" or top_k != "1"),
+    (("family", "gates"), lambda family, gates: family != "mixtral" or gates == "normalised"),
+    (("gates", "top-k"), lambda gates, top_k: gates == "plain" or top_k != "1"),
+    (("query groups", "tp"), lambda groups, tp: groups == "many" or tp != "1"),
+    (("experts", "ep"), lambda experts, ep: experts == "other" or power_of_two(int(ep))),
+    (("micro-batches to pp", "pp"), lambda against, pp: against != "fewer" or pp != "1"),
+    (("micro-batches to pp", "vpp"), lambda against, vpp: against != "fewer" or vpp == "1"),
+    (("micro-batches", "micro-batches to pp", "pp"), _number),
+    (("group", "vpp"), lambda group, vpp: group == "off" or vpp != "1"),
+    (("group", "micro-batches to pp"), lambda group, against: group == "off" or against == "more"),
+    (("p2p", "vpp"), lambda p2p, vpp: p2p not in ("overlapped", "flushed") or vpp != "1"),
+)
+RULED = tuple(dict.fromkeys((*LAYOUT, *(name for names, _ in RULES for name in names))))
+
+
+def related(name: str) -> set[str]:
+    """The dimension and those to which a rule ties it."""
+    return {name}.union(*(names for names, _ in RULES if name in names))
+
+
+def pairs(max_ranks: int) -> dict[Meeting, int]:
+    """Every two words that can meet, and the smallest world in which they do."""
+    return _all(tuple(itertools.combinations(DIMENSIONS, 2)), tuple(worlds(max_ranks)))
+
+
+def threes(max_ranks: int) -> dict[Meeting, int]:
+    """Every three words that can meet, of the dimensions that are aimed at; as `pairs`."""
+    return _all(tuple(itertools.combinations(AIMED, 3)), tuple(worlds(max_ranks)))
+
+
+@cache
+def _all(names: tuple[tuple[str, ...], ...], tried: tuple[int, ...]) -> dict[Meeting, int]:
+    found = {}
+    for some in names:
+        for chosen in itertools.product(*(ALL[name].words for name in some)):
+            word = dict(zip(some, chosen, strict=True))
+            if world := smallest_world(word, tried):
+                found[said(word, some)] = world
+    return found
+
+
+def smallest_world(word: Mapping[str, str], tried: Iterable[int]) -> int | None:
+    """The first of the worlds in which these words meet; None where they never do."""
+    ruled = tuple((name, word[name]) for name in RULED if name in word)
+    return next((world for world in tried if _meet(world, ruled)), None)
+
+
+@cache
+def _meet(world: int, ruled: tuple[tuple[str, str], ...]) -> bool:
+    fixed = dict(ruled)
+    fits = [words for words in _layouts(world) if all(words[name] == fixed.get(name, words[name]) for name in LAYOUT)]
+    return any(_kept(x | fixed) and _completed(x | fixed) for x in fits)
+
+
+@cache
+def _layouts(world: int) -> tuple[dict[str, str], ...]:
+    return tuple(words(SimpleNamespace(layout=layout), LAYOUT) for layout in all_layouts(world))
+
+
+def _completed(word: dict[str, str]) -> bool:
+    """Whether the dimensions that still lack a word can have one."""
+    name = next((name for name in RULED if name not in word), None)
+    if name is None:
+        return True
+    tries = ({**word, name: value} for value in ALL[name].words)
+    return any(_kept(more, name) and _completed(more) for more in tries)
+
+
+def _kept(word: Mapping[str, str], name: str | None = None) -> bool:
+    """Whether no rule (about a dimension) is broken, of those whose dimensions all have a word."""
+    return all(
+        keeps(*(word[x] for x in names))
+        for names, keeps in RULES
+        if (name is None or name in names) and all(x in word for x in names)
+    )

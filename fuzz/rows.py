@@ -1,0 +1,156 @@
+"""The covering list: cases in which every two words that can meet do, each two in the smallest world they can.
+
+A row is a script (`fuzz.choices`), so that Hypothesis can try what is simpler where it fails (`strategies.rows`). The
+list is found by climbing from scripts that chance makes, always the same ones, when it is asked for. Knows no ranks.
+"""
+
+import itertools
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from fuzz import meetings
+from fuzz.case import Case
+from fuzz.choices import Script, Scripted
+from fuzz.coverage import DIMENSIONS, Meeting, pairs, words
+from fuzz.space import DEGREES, NAMED, worlds
+from fuzz.strategies import scripted
+from toy_models.spec import Layout
+
+STARTS = 150  # scripts by chance, in which most words occur
+KEPT = 5  # scripts with a word, to take it from
+TRIED = 1  # of them, in a step
+SHAKEN = 1000  # rows made by chance where none can be taken from others
+ALIKE = 3  # values of a choice that are tried, to see what it moves
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case, the script that makes it in a world, and how many values each choice has."""
+
+    world: int
+    script: Script
+    sizes: tuple[int, ...]
+    case: Case
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What it covers."""
+        return words(self.case, DIMENSIONS)
+
+
+def made(world: int, script: Script, chance: random.Random) -> Row:
+    """The row of a script, which chance completes."""
+    draw = Scripted(script, chance)
+    case = scripted(world, draw)
+    return Row(world, tuple(draw.script), tuple(draw.sizes), case)
+
+
+@cache
+def covering(world: int) -> tuple[Row, ...]:
+    """The rows of a world: what can meet in it, and in no smaller one."""
+    missing, found = {meeting for meeting, least in meetings.pairs(world).items() if least == world}, []
+    search, hopeless = _Search(world), set[Meeting]()
+    while left := missing - hopeless:
+        often = Counter(word for meeting in left for word in meeting)
+        wanted = max(sorted(left), key=lambda meeting: sum(map(often.__getitem__, meeting)))
+        if start := search.reached(wanted):
+            found.append(search.improved(start, wanted, missing))
+            missing.difference_update(pairs(found[-1].words))
+        else:
+            hopeless.add(wanted)
+    return tuple(found)
+
+
+def with_layout(layout: Layout, seed: int) -> Row:
+    """A row with these degrees, all else by chance."""
+    chosen = [x for name in NAMED for x in (DEGREES.index(getattr(layout, name)), 0)]
+    return made(layout.world, (_place(layout.world), 0, *chosen), random.Random(seed))
+
+
+def _place(world: int) -> int:
+    """Which choice is the world that is mostly drawn: the first after all smaller ones."""
+    return len(worlds(world - 1))
+
+
+class _Search:
+    """What was seen in a world: scripts by the words that they have, and by which choices a dimension moves."""
+
+    def __init__(self, world: int) -> None:
+        self._world, self._chance = world, random.Random(world)
+        self._having: dict[str, list[Row]] = defaultdict(list)
+        self._levers: dict[str, set[int]] = defaultdict(set)
+        starts = [self._made((_place(world),)) for _ in range(STARTS)]
+        unseen = set(self._having)
+        while unseen:
+            row = max(starts, key=lambda row: len(unseen & _said(row)))
+            unseen -= _said(row)
+            self._probe(row)
+
+    def _made(self, script: Script) -> Row:
+        row = made(self._world, script, self._chance)
+        for word in _said(row):
+            having = self._having[word]
+            having[KEPT - 1 :] = [*having[KEPT - 1 :], row][:1]
+        return row
+
+    def _probe(self, row: Row) -> None:
+        """Make each choice otherwise, to see what it moves."""
+        before = row.words
+        for place in range(1, len(row.script)):
+            for value in {0, *range(min(row.sizes[place], ALIKE)), row.sizes[place] - 1} - {row.script[place]}:
+                after = self._made((*row.script[:place], value, *row.script[place + 1 :])).words
+                for name in DIMENSIONS:
+                    self._levers[name] |= {place} if after[name] != before[name] else set()
+
+    def _taken(self, row: Row, word: str) -> Iterator[Row]:
+        """The row with a word of others: with those of their choices that move the dimension."""
+        levers = self._levers[word.partition("=")[0]]
+        for other in self._having[word][::-1]:
+            yield self._made(tuple((other if n in levers else row).script[n] for n in range(len(row.script))))
+
+    def reached(self, wanted: Meeting) -> Row | None:
+        """A row in which they meet: of one word's rows and another's, else by chance in what moves them."""
+        for word, other in itertools.permutations(wanted):
+            for row in tuple(self._having[word]):
+                if found := next((row for row in (row, *self._taken(row, other)) if _has(row, wanted)), None):
+                    return found
+        return next((row for row in self._shaken(wanted) if _has(row, wanted)), None)
+
+    def _shaken(self, wanted: Meeting) -> Iterator[Row]:
+        """Rows with one of the words, and a few of the choices made anew that move both, or what rules tie to them."""
+        names = {name for word in wanted for name in meetings.related(word.partition("=")[0])}
+        levers = sorted(set().union(*(self._levers[name] for name in names)))
+        near = [row for word in wanted for row in self._having[word]]
+        for row in self._chance.choices(near, k=SHAKEN) if near else ():
+            script = list(row.script)
+            for place in self._chance.sample(levers, min(len(levers), self._chance.randint(1, 5))):
+                script[place] = self._chance.randrange(row.sizes[place])
+            yield self._made(tuple(script))
+
+    def improved(self, row: Row, wanted: Meeting, missing: set[Meeting]) -> Row:
+        """The row with words of others, as long as more of the missing meet and the wanted still do."""
+        best = before = _gain(row, missing)
+        for word in self._lacking(missing):
+            for other in itertools.islice(self._taken(row, word), TRIED):
+                if (gain := _gain(other, missing)) > best and _has(other, wanted):
+                    row, best = other, gain
+        return row if best == before else self.improved(row, wanted, missing)
+
+    def _lacking(self, missing: set[Meeting]) -> list[str]:
+        words = sorted({word for meeting in missing for word in meeting})
+        return self._chance.sample(words, len(words))
+
+
+def _said(row: Row) -> set[str]:
+    return {f"{name}={word}" for name, word in row.words.items()}
+
+
+def _has(row: Row, wanted: Meeting) -> bool:
+    return set(wanted) <= _said(row)
+
+
+def _gain(row: Row, missing: set[Meeting]) -> int:
+    return sum(meeting in missing for meeting in pairs(row.words))
