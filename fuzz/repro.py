@@ -148,7 +148,8 @@ def _head(law: str, found: str, sentence: str, seen_on: str) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(" ".join(text.split()), WIDTH, max_lines=3, break_on_hyphens=False)
+    plain = "".join(letter if letter.isprintable() else " " for letter in text)  # a null byte is no Python
+    return textwrap.wrap(" ".join(plain.split()), WIDTH, max_lines=3, break_on_hyphens=False)
 
 
 def _with(body: str, plants: tuple[str, ...]) -> str:
