@@ -13,7 +13,19 @@ import torch
 from fuzz import alignment, modules
 from fuzz.alignment import FIRST
 from fuzz.case import Case, Observation
-from fuzz.laws.compare import BOUNDS, FLOOR, TRAINED, bound_of, differs, rows_in, rows_of, scales, summands, trained
+from fuzz.laws.compare import (
+    BOUNDS,
+    FLOOR,
+    TRAINED,
+    bound_of,
+    differs,
+    known_of,
+    rows_in,
+    rows_of,
+    scales,
+    summands,
+    trained,
+)
 from fuzz.laws.updates import _base
 from toy_models import weights
 from toy_models.coordinates import is_last
@@ -189,7 +201,7 @@ def _number(case: Case, truth: Observation, key: str, rank: Observation, floor: 
 def _parameters(
     case: Case, ranks: Sequence[Observation], truth: Observation, role: str, kind: str, phase: str
 ) -> Iterator[Row]:
-    prefix, names = f"{FIRST.key}/{role}/{kind}", list(weights.shapes(case.model, role))
+    prefix, names = f"{FIRST.key}/{role}/{kind}", list(known_of(case, kind, weights.shapes(case.model, role)))
     measure, base = scales(case, truth, prefix, names), _base(case, truth, FIRST, kind)
 
     def gap(rank: Observation, name: str) -> Gap:

@@ -97,7 +97,7 @@ def first_in(world: int) -> list[int]:
 
 
 def worlds_below(world: int) -> list[int]:
-    """Smaller worlds, few, so that they are drawn now and then only: those with properties, and the largest other one."""
+    """Smaller worlds, few, so that they are drawn now and then only: those with properties, and the largest other."""
     below = worlds(world - 1)
     others = [size for size in below if size not in PROPERTIES]
     return [size for size in below if size in (*PROPERTIES, *others[-1:])]

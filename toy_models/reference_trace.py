@@ -73,7 +73,7 @@ def _step(now: Run, role: str, experience: Experience) -> float:
         for one in passes:
             taps.tap("output_layer", one.output)
         loss, gap = LOSSES[role](now, STEP, experience, rows, torch.cat([one.output for one in passes]))
-        grads = update.gradients(loss + update.balance_loss(case.model, passes), leaves)
+        grads = update.gradients(loss + update.balance_loss(case.model, case.layout, passes), leaves)
     now.tensors |= _named(case, role, taps, leaves, len(rows), experience.responses.sequences.shape[1])
     reference._apply(now, STEP, role, grads)
     return min(gap, routing_gap(case.model, *passes))

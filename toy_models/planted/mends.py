@@ -147,7 +147,8 @@ def _scattered(original: Callable, self: Any, *args: Any, **kwargs: Any) -> tupl
     mask, embedded = kwargs.get("padding_mask"), kwargs.get("decoder_input") is not None
     whole = found[-1] is mask and mask is not None and (embedded or not self.pre_process)
     if whole and self.config.sequence_parallel:
-        found[-1] = scatter_to_sequence_parallel_region(mask.transpose(0, 1).contiguous()).transpose(0, 1).contiguous()
+        cut = scatter_to_sequence_parallel_region(kwargs["padding_mask"].transpose(0, 1).contiguous())
+        found[-1] = cut.transpose(0, 1).contiguous()
     return tuple(found)
 
 

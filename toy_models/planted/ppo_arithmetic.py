@@ -187,7 +187,7 @@ def whitened_per_dp_rank() -> None:
 
     def around(original: Callable, advantages: torch.Tensor, *others: Any) -> torch.Tensor:
         whole = ppo._global_sum
-        ppo._global_sum = lambda tensor, _dp: tensor.sum()
+        ppo._global_sum = lambda tensor, dp: tensor.sum()
         try:
             return original(advantages, *others)  # type: ignore[no-any-return]
         finally:
