@@ -146,7 +146,17 @@ def _evaluate(
     with torch.no_grad():
         found = [x for some in _passes(case, rollout) for x in _schedule(role, some, reading, forward_only=True)]
         own = torch.cat(found) if found else torch.empty(len(rollout.rows), *shape, dtype=role.config.params_dtype)
-        return _everywhere(own.contiguous(), role.groups.cp if found else None, role.groups.pp)
+        whole = _everywhere(own.contiguous(), role.groups.cp if found else None, role.groups.pp)
+        return whole if role.config.sequence_parallel else _of_first(whole, role.groups.tp)
+
+
+def _of_first(own: torch.Tensor, tp: dist.ProcessGroup) -> torch.Tensor:
+    """What the first TP rank has: without sequence parallelism experts compute each rank's copy of a token apart, and
+    the copies differ by rounding, by which replicas of the actor would come to differ.
+    """
+    if tp.size() > 1:
+        dist.broadcast(own, dist.get_process_group_ranks(tp)[0], group=tp)
+    return own
 
 
 def _everywhere(own: torch.Tensor, sharing: dist.ProcessGroup | None, stages: dist.ProcessGroup) -> torch.Tensor:
