@@ -15,7 +15,7 @@ from fuzz import meetings
 from fuzz.case import Case
 from fuzz.choices import Script, Scripted
 from fuzz.coverage import DIMENSIONS, Meeting, pairs, words
-from fuzz.space import DEGREES, NAMED, worlds
+from fuzz.space import DEGREES, NAMED, worlds_below
 from fuzz.strategies import scripted
 from toy_models.spec import Layout
 
@@ -24,6 +24,8 @@ KEPT = 5  # scripts with a word, to take it from
 TRIED = 1  # of them, in a step
 SHAKEN = 1000  # rows made by chance where none can be taken from others
 ALIKE = 3  # values of a choice that are tried, to see what it moves
+FIRST_SIZE = 2 + 2 * len(NAMED)  # behind the world and the degrees: experts, top-k, layers, and the shape of the batch
+SIZES = range(FIRST_SIZE, FIRST_SIZE + 9)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,30 @@ def covering(world: int) -> tuple[Row, ...]:
             missing.difference_update(pairs(found[-1].words))
         else:
             hopeless.add(wanted)
-    return tuple(found)
+    return _cheaper(found, {meeting for meeting, least in meetings.pairs(world).items() if least == world})
+
+
+def _cheaper(rows: list[Row], wanted: set[Meeting]) -> tuple[Row, ...]:
+    """The rows with sizes lowered as long as nothing is lost that no other row has: tokens are what a row costs."""
+    often = Counter(meeting for row in rows for meeting in pairs(row.words))
+    for at, row in enumerate(rows):
+        own = {meeting for meeting in pairs(row.words) if meeting in wanted and often[meeting] == 1}
+        rows[at] = _lowered(row, own)
+        often.update(pairs(rows[at].words))
+        often.subtract(pairs(row.words))
+    return tuple(rows)
+
+
+def _lowered(row: Row, own: set[Meeting]) -> Row:
+    """With each of its sizes at the least, or next to it, that keeps its own meetings."""
+    for place in SIZES:
+        for value in range(min(2, row.script[place])):
+            script = (*row.script[:place], value, *row.script[place + 1 :])
+            other = made(row.world, script, random.Random(row.world))
+            if own <= set(pairs(other.words)) and other.case.layout.world == row.world:
+                row = other
+                break
+    return row
 
 
 def with_layout(layout: Layout, seed: int) -> Row:
@@ -72,7 +97,7 @@ def with_layout(layout: Layout, seed: int) -> Row:
 
 def _place(world: int) -> int:
     """Which choice is the world that is mostly drawn: the first after all smaller ones."""
-    return len(worlds(world - 1))
+    return len(worlds_below(world))
 
 
 class _Search:
