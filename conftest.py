@@ -29,8 +29,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 _ALL = tuple(phase for phase in Phase if phase is not Phase.explain)
 DEEP = 2000
 _COMMON: dict[str, Any] = {"deadline": None, "phases": _ALL, "print_blob": False}
-settings.register_profile("dev", max_examples=30, **_COMMON)
-settings.register_profile("ci", max_examples=30, derandomize=True, database=None, **_COMMON)
+settings.register_profile("dev", max_examples=12, **_COMMON)
+settings.register_profile("ci", max_examples=12, derandomize=True, database=None, **_COMMON)
 settings.register_profile("deep", max_examples=DEEP, **_COMMON)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 

@@ -24,7 +24,7 @@ Draw = st.Draw
 
 CHOICES = {"family": FAMILIES, "precision": PRECISIONS, "twin": TWINS, "dispatcher": DISPATCHERS}
 MOST_STAGES = 8  # with virtual ones; of more than half as many each has one layer
-MOST_ROWS = 24  # several micro-batches per rank are drawn only where all rows together stay within this
+MOST_ROWS = 16  # several micro-batches per rank are drawn only where all rows together stay within this
 BUSY = 3  # steps between a case with no option on and one with most of them
 # Before anything else Hypothesis goes once through all choices that are drawn from 0 on and lie below this, first to
 # last, puts each to 0, and tries the smaller values of those that others hang on. So a failure goes to a smaller world,
@@ -234,7 +234,7 @@ def _dense(draw: Draw, busy: int, layers: int) -> tuple[int, ...]:
 
 def _shape(draw: Draw) -> dict[str, int]:
     """Micro-batches per rank and mini-batch, their rows, lengths, optimizer steps (at most four)."""
-    names = {"micro_batches": 5, "micro_rows": 4, "prompt": 6, "response": 5}
+    names = {"micro_batches": 4, "micro_rows": 4, "prompt": 6, "response": 5}
     shape = {name: _count(draw, 1, most) for name, most in names.items()}
     shape["mini_batches"] = draw(st.sampled_from((1, 2, 2, 3)))
     epochs = draw(st.sampled_from((1, 1, 1, 2)))

@@ -85,7 +85,18 @@ FILES[2] = replace(
     ),
     model=replace(FILES[1].model, layers=4, ffn=12, dense=(0, 2), dense_ffn=6),
     batch=replace(FILES[1].batch, rows=60),
-    switches=Switches(dispatcher="allgather", perform_initialization=False, p2p="flushed", deallocate=True, group=3),
+    ppo=replace(FILES[1].ppo, frozen="attention"),
+    switches=Switches(
+        dispatcher="allgather",
+        perform_initialization=False,
+        p2p="flushed",
+        deallocate=True,
+        group=3,
+        forward_sp=False,
+        decoder_input=True,
+        padding_mask="padding",
+        groups="explicit",
+    ),
 )
 BARE = json.loads(to_json(Case()))
 

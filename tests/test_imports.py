@@ -106,13 +106,14 @@ TABLE = {
     "fuzz.search": Row(
         "rich.* fuzz.case fuzz.folders fuzz.investigate fuzz.progress fuzz.report fuzz.timebox fuzz.trial"
     ),
-    "fuzz.timebox": Row("fuzz.case fuzz.order"),
+    "fuzz.timebox": Row("fuzz.case fuzz.order fuzz.descent"),
     "fuzz.show": Row(
         "rich.* fuzz.case fuzz.case_files fuzz.case_json fuzz.known toy_models.batching toy_models.coordinates"
     ),
     "fuzz.space": Row("fuzz.case toy_models.spec"),
     "fuzz.order": Row("fuzz.case fuzz.space"),
     "fuzz.neighbours": Row("fuzz.case fuzz.order fuzz.space toy_models.coordinates toy_models.spec"),
+    "fuzz.descent": Row("fuzz.case fuzz.neighbours fuzz.order fuzz.space toy_models.spec"),
     "fuzz.neighbourhood": Row("fuzz.case fuzz.neighbours fuzz.order"),
     "fuzz.choices": Row("hypothesis.*"),
     "fuzz.coverage": Row("fuzz.case fuzz.space toy_models.spec"),
