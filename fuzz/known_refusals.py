@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fuzz.broken import Broken
 from fuzz.case import Case, Violation
 from fuzz.known import SUPPORTED, version
-from toy_models.spec import Batch, Layout, MoEModel, Switches
+from toy_models.spec import Batch, Layout, MoEModel
 
 CHECK, ALIKE, ENDS = "what is refused is refused by a check", "all ranks refuse alike", "every rank ends"
 WHY, BEFORE = "a refusal says why", "a refusal comes before the first collective"
@@ -153,7 +153,7 @@ KNOWN: tuple[Known, ...] = (
         id="more-layers-than-there-are",
         upstream="docs/findings/refusal-by-silence.md; NVIDIA/Megatron-LM#2718 is its neighbour",
         covers=_too_many_layers,
-        laws=(READ, ALIKE, CHECK),
+        laws=(RIGHT, READ, ALIKE, CHECK),
         example=_broken(STAGES, config__num_layers_in_first_pipeline_stage=3),
     ),
     Known(
@@ -190,21 +190,6 @@ KNOWN: tuple[Known, ...] = (
         covers=_one_of("groups.hierarchical_context_parallel_sizes", "config.num_moe_experts"),
         laws=(WHY,),
         example=_broken(Case(layout=Layout(world=2, ep=2), batch=Batch(rows=2)), config__num_moe_experts=3),
-    ),
-    Known(
-        id="batched-messages-both-ways",
-        upstream="docs/findings/interleaved-two-stages.md; Megatron-LM's training/arguments.py refuses it",
-        covers=_batched_both_ways,
-        laws=(RIGHT, READ, CHECK, ALIKE, ENDS),
-        example=_broken(
-            Case(
-                layout=Layout(world=2, pp=2, vpp=2),
-                model=MoEModel(layers=4),
-                batch=Batch(rows=4),
-                switches=Switches(p2p="plain"),
-            ),
-            config__batch_p2p_comm=True,
-        ),
     ),
 )
 

@@ -83,8 +83,8 @@ def _changed(function: Callable, overrides: Mapping[str, Any], /, *args: Any, **
     return function(*args, **{**kwargs, **overrides})
 
 
-def _schedule(choose: Callable, overrides: Mapping[str, Any]) -> Callable:
-    return partial(_changed, choose(), overrides)
+def _schedule(choose: Callable, overrides: Mapping[str, Any], /, *degrees: int | None) -> Callable:
+    return partial(_changed, choose(*degrees), overrides)
 
 
 def _plain(value: Any) -> Any:

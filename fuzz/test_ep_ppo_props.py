@@ -81,6 +81,7 @@ def test_shipped_precision(rehearse: Rehearse, world: int, data: st.DataObject) 
     rehearse(data.draw(cases(mostly=world, precision="float32")))
 
 
+@settings(max_examples=3 * settings().max_examples)  # most are refused before anything has run
 @given(st.data())
 def test_broken_configurations_are_refused(refuse: Refuse, world: int, data: st.DataObject) -> None:
     """A valid case and one thing that cannot be: refused by a check, alike on all ranks, or right all the same."""

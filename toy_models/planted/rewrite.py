@@ -39,7 +39,8 @@ def rewrite_everywhere(owner: Any, name: str, *edits: tuple[str, str]) -> None:
 
 
 def _compiled(source: str, owner: Any, name: str, function: Any) -> Any:
-    wrapped = f"def _made(__class__):\n{textwrap.indent(source, '    ')}\n    return {name}\n"
+    above = "\n" * (function.__code__.co_firstlineno - 2)  # tracebacks name the lines of the file
+    wrapped = f"{above}def _made(__class__):\n{textwrap.indent(source, '    ')}\n    return {name}\n"
     made: dict[str, Callable] = {}
     exec(compile(wrapped, function.__code__.co_filename, "exec"), function.__globals__, made)
     function = made["_made"](owner)
