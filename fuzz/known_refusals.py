@@ -153,7 +153,7 @@ KNOWN: tuple[Known, ...] = (
         id="more-layers-than-there-are",
         upstream="docs/findings/refusal-by-silence.md; NVIDIA/Megatron-LM#2718 is its neighbour",
         covers=_too_many_layers,
-        laws=(RIGHT, READ, ALIKE, CHECK),
+        laws=(READ, RIGHT, ALIKE, CHECK),
         example=_broken(STAGES, config__num_layers_in_first_pipeline_stage=3),
     ),
     Known(
