@@ -57,7 +57,7 @@ def _no_check(broken: Broken) -> bool:
         degree
         or set(order) - axes != set()
         or len(order) > len(set(order))
-        or not 0 <= top_k <= broken.case.model.experts
+        or not 0 < top_k <= broken.case.model.experts
         or broken.get("config.moe_layer_freq", 1) == 0
         or broken.get("config.pipeline_model_parallel_layout", None) == ()
         or (broken.case.layout.cp > 1 and broken.get("inputs.width") is not None)
@@ -90,11 +90,6 @@ def _late(broken: Broken) -> bool:
 def _too_many_layers(broken: Broken) -> bool:
     sizes = [broken.get(f"config.num_layers_in_{end}_pipeline_stage") or 0 for end in ("first", "last")]
     return max(sizes) > broken.case.model.layers
-
-
-def _batched_both_ways(broken: Broken) -> bool:
-    layout = broken.case.layout
-    return layout.pp == 2 and layout.vpp > 1 and broken.get("config.batch_p2p_comm") is True
 
 
 def _broken(case: Case, **overrides: object) -> Broken:
