@@ -1,13 +1,17 @@
 """pytest's side: options, Hypothesis profiles, warm pools, the search of each test, and how the end of a run looks."""
 
 import contextlib
+import gc
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -54,8 +58,19 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit(f"--max-ranks={config.getoption('max_ranks')} must be at least 1", returncode=2)
     if not config.getoption("shrink_seconds") >= 0:
         pytest.exit(f"--shrink-seconds={config.getoption('shrink_seconds')} must be 0 or more", returncode=2)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     if (wrong := known.unsupported()) and not config.getoption("any_version"):
         pytest.exit(wrong, returncode=2)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C; once more where it comes while Python collects: Hypothesis has a callback there, and Python drops what
+    is raised in it.
+    """
+    if frame is None or frame.f_code.co_name != "gc_callback":
+        raise KeyboardInterrupt
+    threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
 
 
 def _unwritable(folder: Path) -> OSError | None:
@@ -101,6 +116,8 @@ ROWS = pytest.StashKey[dict[str, Row]]()  # by folder, what has been investigate
 
 def _trials(config: pytest.Config, mends: tuple[str, ...]) -> Iterator[Trials]:
     forking.warm_up()
+    gc.collect()
+    gc.freeze()  # what is imported stays: a collection that looks at all of torch takes long
     trials = Trials(plants=(*mends, *config.getoption("plant")))
     yield trials
     trials.close()

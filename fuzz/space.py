@@ -117,7 +117,7 @@ def all_layouts(world: int) -> tuple[Layout, ...]:
 def complexity(layout: Layout) -> tuple:
     """Orders the layouts of one world."""
     degrees = tuple(getattr(layout, name) for name in NAMED)
-    return sum(degree > 1 for degree in degrees), prod(degrees), degrees
+    return sum(degree > 1 for degree in degrees), prod(degrees), tuple(-degree for degree in degrees)
 
 
 def schedules(pp: int) -> list[tuple[int, int]]:

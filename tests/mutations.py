@@ -1,5 +1,6 @@
 """Case files as a stranger might write them: deterministic random mutations of valid ones. Knows JSON only."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
@@ -45,7 +46,7 @@ def _rename(random: Random, data: dict[str, Any]) -> None:
 
 
 def _replace(random: Random, data: dict[str, Any]) -> None:
-    data[random.choice(list(data))] = random.choice(VALUES)
+    data[random.choice(list(data))] = copy.deepcopy(random.choice(VALUES))
 
 
 def _swap(random: Random, data: dict[str, Any]) -> None:

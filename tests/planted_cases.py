@@ -165,7 +165,11 @@ PLANTED: dict[str, tuple[Case, Law]] = {
     "losses:metrics_of_the_own_rank": (Case(layout=DP, batch=ROWS), updates.metrics_agree_on_all_ranks),
     "losses:one_epoch_whatever_is_asked": (Case(ppo=PPO(epochs=2)), state.everything_asked_for_is_done),
     # ---- state
-    "state:dp_rank_from_the_expert_group": (Case(layout=DP, batch=ROWS), state.ranks_sit_where_the_order_says),
+    "state:dp_rank_from_the_expert_group": (Case(layout=DP, batch=ROWS), forward.rollouts_are_the_same_tokens),
+    "state:embeddings_rounded_where_handed_in": (
+        Case(twin="plain_switches", switches=Switches(decoder_input=True)),
+        twins.switches_that_must_not_matter_do_not,
+    ),
     "state:data_before_tensor_in_the_order": (
         Case(layout=Layout(world=4, tp=2, etp=2), model=HEADS, batch=ROWS),
         state.ranks_sit_where_the_order_says,

@@ -50,6 +50,7 @@ HEALTHY = (
     Case(layout=Layout(world=4, ep=2, etp=2), model=GROUPED, batch=RAGGED),
     Case(layout=Layout(world=4, tp=2, ep=2), model=GROUPED, batch=RAGGED, ppo=ADAM),
     Case(layout=Layout(world=2, pp=2), model=MIXTRAL, batch=RAGGED, switches=Switches(deallocate=True)),
+    Case(layout=Layout(world=2, ep=2), batch=RAGGED, switches=Switches(decoder_input=True), twin="plain_switches"),
     Case(layout=Layout(world=2, cp=2), model=SKEWED, batch=HOLES, ppo=ADAM),
     Case(layout=Layout(world=4, pp=2, vpp=2), model=DENSE, batch=RAGGED, switches=Switches(p2p="overlapped")),
     Case(layout=Layout(world=4, cp=2, tp=2, order="cp-tp-ep-dp-pp"), model=replace(GROUPED, kv_heads=1), batch=HOLES),

@@ -159,9 +159,9 @@ def test_the_gradient_of_a_later_step_is_that_of_the_plain_loss(family: str, rol
 def test_balance_losses_of_a_router_that_prefers_nobody() -> None:
     model = MoEModel(experts=4, top_k=2, aux_loss=0.5, z_loss=0.25)
     logits, experts = torch.zeros(6, 4, dtype=torch.float64), torch.tensor([[0, 1]] * 6)
-    one = reference_model.Pass(torch.zeros(1, dtype=torch.float64), (reference_model.Routing(logits, experts),))
+    one = reference_model.Pass(torch.zeros(1, 6, dtype=torch.float64), (reference_model.Routing(logits, experts),))
     expected = 0.5 * 1 + 0.25 * math.log(4) ** 2
-    assert update.balance_loss(model, [one, one]).item() == pytest.approx(expected, rel=1e-15)
+    assert update.balance_loss(model, Layout(), [one, one]).item() == pytest.approx(expected, rel=1e-15)
 
 
 def test_value_and_policy_losses_take_the_worse_branch() -> None:

@@ -63,11 +63,15 @@ def failing(box: TimeBox, case: Case, judge: Judge) -> Violation:
     return caught.value
 
 
+def stay(case: Case, fails: object) -> None:
+    """No leaps: Hypothesis alone asks for cases."""
+
+
 # ---- the time box ----------------------------------------------------------------------------------------------
 
 
 def test_a_verdict_is_found_once_and_repeated() -> None:
-    judge, box = Judge(), TimeBox(60.0, lambda _: None)
+    judge, box = Judge(), TimeBox(60.0, lambda _: None, leaps=stay)
     first = failing(box, SMALL, judge)
     depth = _depth(first)
     assert failing(box, SMALL, judge) is first and _depth(failing(box, SMALL, judge)) == depth
@@ -84,14 +88,14 @@ def _depth(error: BaseException) -> int:
 
 
 def test_a_recorded_violation_does_not_keep_what_was_seen() -> None:
-    judge, box = Judge(), TimeBox(60.0, lambda _: None)
+    judge, box = Judge(), TimeBox(60.0, lambda _: None, leaps=stay)
     failing(box, SMALL, judge)
     gc.collect()
     assert judge.alive() is None
 
 
 def test_once_the_budget_is_spent_unseen_cases_pass_unrun_and_seen_ones_fail() -> None:
-    judge, box = Judge(), TimeBox(0.0, lambda _: None)
+    judge, box = Judge(), TimeBox(0.0, lambda _: None, leaps=stay)
     assert box.left() == float("inf")
     failing(box, LARGE, judge)
     box.run(SMALL, judge)
@@ -101,7 +105,7 @@ def test_once_the_budget_is_spent_unseen_cases_pass_unrun_and_seen_ones_fail() -
 
 def test_the_best_is_the_smallest_and_every_better_one_is_told() -> None:
     told: list[Failure] = []
-    box = TimeBox(60.0, told.append)
+    box = TimeBox(60.0, told.append, leaps=stay)
     for case in (MIDDLE, LARGE, SMALL, MIDDLE):
         failing(box, case, Judge())
     assert [one.violation.case for one in told] == [MIDDLE, SMALL]
@@ -110,7 +114,7 @@ def test_the_best_is_the_smallest_and_every_better_one_is_told() -> None:
 
 def test_laws_and_causes_are_failures_of_their_own() -> None:
     told: list[Failure] = []
-    box = TimeBox(60.0, told.append)
+    box = TimeBox(60.0, told.append, leaps=stay)
     for case, violation in zip(
         (SMALL, MIDDLE, LARGE), (broken(SMALL), broken(MIDDLE, cause="a"), broken(LARGE, "b")), strict=True
     ):
