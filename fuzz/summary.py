@@ -136,7 +136,7 @@ def _share(possible: Collection[tuple[str, ...]], met: set[tuple[str, ...]], nam
 
 
 def _listed(numbers: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in numbers.items())
+    return ", ".join(f"{name} {value}" for name, value in sorted(numbers.items()))
 
 
 def _broken(tally: Tally) -> Table:
