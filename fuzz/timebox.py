@@ -17,6 +17,8 @@ from fuzz.case import Case, Violation
 from fuzz.descent import smallest
 from fuzz.order import size
 
+HYPOTHESIS = 5.0  # seconds at least, if there are as many
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -78,13 +80,17 @@ class TimeBox:
             self._compare(violation)
 
     def _descend(self, case: Case, judge: Callable[[Case], Violation | None]) -> None:
-        """From the first case of a failure go down by leaps, for at most half of what is left of the budget."""
+        """From the first case of a failure go down by leaps, for at most half of what is left of the budget.
+
+        Where they end by themselves Hypothesis gets as long as they took, or HYPOTHESIS: little is left for it to do.
+        """
         found = self._verdicts[case]
         identity = found and (found[0].law, found[0].cause)
         if identity is None or identity in self._descended:
             return
         self._descended.add(identity)
-        until = time.monotonic() + self.left() / 2
+        began = time.monotonic()
+        until = began + self.left() / 2
 
         def fails(other: Case) -> bool | None:
             if time.monotonic() > until:
@@ -95,6 +101,8 @@ class TimeBox:
             return again is not None and (again[0].law, again[0].cause) == identity
 
         self._leaps(case, fails)
+        if (ended := time.monotonic()) < until:
+            self._until = min(self._until, ended + max(HYPOTHESIS, ended - began))
 
     def _compare(self, violation: Violation) -> None:
         key = violation.law, violation.cause

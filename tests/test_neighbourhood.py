@@ -52,8 +52,8 @@ LADDER = (
     Case(model=MoEModel(top_k=2)),
     Case(model=MoEModel(experts=3)),
     Case(layout=Layout(world=2), batch=Batch(rows=2)),
-    Case(layout=Layout(world=2, tp=2), model=MoEModel(heads=2, kv_heads=2)),
     EP,
+    Case(layout=Layout(world=2, tp=2), model=MoEModel(heads=2, kv_heads=2)),
     Case(layout=Layout(world=2, tp=2, ep=2), model=MoEModel(heads=2, kv_heads=2)),
     Case(layout=Layout(world=4), batch=Batch(rows=4)),
 )

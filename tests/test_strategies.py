@@ -176,7 +176,7 @@ def test_every_layout_is_drawn() -> None:
     assert [len(all_layouts(world)) for world in (1, 2, 3, 4, 6, 8)] == [1, 10, 10, 46, 100, 146]
     possible = {layout for world in (1, 2, 3, 4) for layout in all_layouts(world)}
     uncut = {replace(c.layout, vpp=1, order=Layout().order, split="even", stages=()) for c in many()}
-    assert uncut <= possible and len(possible - uncut) <= 2
+    assert uncut <= possible and len(possible - set(drawn(layouts(), DRAWS))) <= 2
 
 
 def test_every_schedule_of_virtual_stages_is_one_that_runs() -> None:

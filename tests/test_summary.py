@@ -128,7 +128,7 @@ def test_the_tables_show_the_numbers() -> None:
     text = written(tally(verdict(Case(), facts={"starved_experts": 1}), verdict(EP2, doubts=doubts), verdict(EP2)))
     assert row(text, "cases   ") == "cases 3 (1 ranks 1, 2 ranks 2)"
     assert row(text, "layouts") == "layouts 2 of 11 in these worlds"
-    assert row(text, "precision") == "precision float64 1, float32 2"
+    assert row(text, "precision") == "precision float32 2, float64 1"
     assert row(text, "cases with") == "cases with starved experts 1 (33%)"
     assert row(text, "known bugs met") == "known bugs met none"
     assert row(text, "inconclusive") == "inconclusive 1: a close call 1"
