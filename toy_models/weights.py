@@ -4,7 +4,7 @@ Names are those of a Qwen3-MoE checkpoint (`docs/ppo.md`). Knows no megatron, no
 layout's coordinates are plain numbers. `place` says which slice of a canonical tensor a rank holds.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from types import MappingProxyType
 
@@ -182,13 +182,3 @@ def held(model: MoEModel, layout: Layout, role: str, rank: int) -> Mapping[str, 
         if (also or _on_stage(model, layout, rank, name)) and (part := _slices(model, layout, rank, name, shape)):
             table[name] = part
     return table
-
-
-def assemble(shape: Shape, parts: Iterable[tuple[Slices, torch.Tensor]]) -> torch.Tensor:
-    """One full tensor from the parts that ranks hold; NaN where none does, replicas overwrite each other."""
-    whole = None
-    for where, part in parts:
-        whole = part.new_full(shape, float("nan")) if whole is None else whole
-        whole[where] = part
-    assert whole is not None, f"no rank holds any part of a tensor of shape {shape}"
-    return whole
