@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib.util
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ _COMMON: dict[str, Any] = {"deadline": None, "phases": _ALL, "print_blob": False
 settings.register_profile("dev", max_examples=12, **_COMMON)
 settings.register_profile("ci", max_examples=12, derandomize=True, database=None, **_COMMON)
 settings.register_profile("deep", max_examples=DEEP, **_COMMON)
+_PROFILES = ("dev", "ci", "deep")
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
@@ -53,15 +55,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before Hypothesis loads the profile
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("max_ranks") < 1:
-        pytest.exit(f"--max-ranks={config.getoption('max_ranks')} must be at least 1", returncode=2)
-    if not config.getoption("shrink_seconds") >= 0:
-        pytest.exit(f"--shrink-seconds={config.getoption('shrink_seconds')} must be 0 or more", returncode=2)
+    if wrong_option := next(_wrong_options(config), None):
+        pytest.exit(wrong_option, returncode=2)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     if (wrong := known.unsupported()) and not config.getoption("any_version"):
         pytest.exit(wrong, returncode=2)
+
+
+def _wrong_options(config: pytest.Config) -> Iterator[str]:
+    """What cannot be run, a line each."""
+    if config.getoption("max_ranks") < 1:
+        yield f"--max-ranks={config.getoption('max_ranks')} must be at least 1"
+    if not config.getoption("shrink_seconds") >= 0:
+        yield f"--shrink-seconds={config.getoption('shrink_seconds')} must be 0 or more"
+    if (profile := config.getoption("--hypothesis-profile")) not in (None, "", "default", *_PROFILES):
+        yield f"--hypothesis-profile={profile} must be one of {', '.join(_PROFILES)}"
+    for plant in config.getoption("plant"):
+        if not _importable(plant.rpartition(":")[0]):
+            yield f"--plant {plant} must be MODULE:FUNCTION, with a module that can be imported"
+
+
+def _importable(module: str) -> bool:
+    """Whether a module is there; it is not run, since it may import megatron-core."""
+    try:
+        return bool(module) and importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

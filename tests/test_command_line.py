@@ -37,6 +37,19 @@ def lines(text: str) -> list[str]:
 # ---- bad input -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--plant", "nope:no"], "--plant nope:no must be MODULE:FUNCTION, with a module that can be imported"),
+        (["--plant", "nope"], "--plant nope must be MODULE:FUNCTION, with a module that can be imported"),
+        (["--hypothesis-profile=no"], "--hypothesis-profile=no must be one of dev, ci, deep"),
+    ],
+)
+def test_what_does_not_exist_is_refused(options: list[str], said: str) -> None:
+    code, text = run(*options)
+    assert (code, lines(text)) == (2, [f"Exit: {said}"])
+
+
 def test_no_ranks_at_all_is_refused() -> None:
     """One line with the number, exit code 2, and nothing is started."""
     code, text = run("--max-ranks=0")
