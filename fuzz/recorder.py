@@ -24,8 +24,11 @@ SAME = {"_all_gather_base": "all_gather_into_tensor", "_reduce_scatter_base": "r
 MADE_BY_ALL = ("new_group",)  # every rank of the world takes part, whatever group it names
 
 
-# As torch has them: what the platform puts in their place takes the same arguments.
-SIGNATURES = {name: inspect.signature(getattr(dist, name)) for name in DESCRIBED}
+# Names in order with their defaults, as torch has them: what the platform puts in their place takes the same arguments.
+ARGUMENTS = {
+    name: {argument.name: argument.default for argument in inspect.signature(getattr(dist, name)).parameters.values()}
+    for name in DESCRIBED
+}
 
 
 # ---- in front of torch.distributed -----------------------------------------------------------------------------
@@ -106,9 +109,7 @@ class _Pending:
 
 def _described(name: str, args: tuple, kwargs: Named) -> Call | None:
     """The call as a value; None where this rank is no member, or alone."""
-    bound = SIGNATURES[name].bind(*args, **kwargs)
-    bound.apply_defaults()
-    named = bound.arguments
+    named = {**ARGUMENTS[name], **dict(zip(ARGUMENTS[name], args, strict=False)), **kwargs}
     group = None if name in MADE_BY_ALL else named["group"]
     me, size = dist.get_rank(group), dist.get_world_size(group)
     if me < 0 or size == 1:

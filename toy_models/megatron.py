@@ -4,8 +4,9 @@ Knows layouts and weights; knows nothing of PPO, of the reference or of the fuzz
 caller: `Role.groups` has them, whether or not megatron takes its own from `parallel_state`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -238,13 +239,14 @@ class Role:
         """Those of them that have experts."""
         return {at: layer for at, layer in self.layers().items() if at in self.model.moe}
 
-    def parameters(self) -> Iterator[tuple[Shard, str, torch.nn.Parameter]]:
+    @cached_property
+    def parameters(self) -> list[tuple[Shard, str, torch.nn.Parameter]]:
         """Every parameter with its name in its chunk, and what that chunk has of the model."""
-        at = coordinates(self.layout, self.rank)
+        at, places = coordinates(self.layout, self.rank), chunks(self.layout, self.model.layers, self.rank)
         first = at.ep * (self.model.experts // self.layout.ep)
-        for some, gpt in zip(chunks(self.layout, self.model.layers, self.rank), self.gpts, strict=True):
-            for name, parameter in gpt.named_parameters():
-                yield Shard(self.model, some, first, self.layout.tp, at.tp), name, parameter
+        shards = [Shard(self.model, some, first, self.layout.tp, at.tp) for some in places]
+        pairs = zip(shards, self.gpts, strict=True)
+        return [(of, name, parameter) for of, gpt in pairs for name, parameter in gpt.named_parameters()]
 
     def unpack(self, of: Shard, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """Canonical pieces of a tensor shaped like the parameter `name`."""
@@ -253,7 +255,7 @@ class Role:
     def pieces(self, kind: str) -> dict[str, torch.Tensor]:
         """This rank's canonical pieces of every 'weight', 'grad' (reduced, before clipping) or optimizer state."""
         found: dict[str, torch.Tensor] = {}
-        for of, name, parameter in self.parameters():
+        for of, name, parameter in self.parameters:
             tensor = self._tensor(parameter, kind)
             if tensor is not None:
                 found |= self.unpack(of, name, tensor.detach())
@@ -274,7 +276,7 @@ class Role:
 def load(role: Role, canonical: Mapping[str, torch.Tensor]) -> None:
     """Copy this rank's slices of the canonical weights into the sharded model."""
     where = weights.held(role.model, role.layout, role.name, role.rank)
-    for of, name, parameter in role.parameters():
+    for of, name, parameter in role.parameters:
         flat = torch.arange(parameter.numel()).reshape(parameter.shape)
         for piece, index in role.unpack(of, name, flat).items():
             part = canonical[piece][where[piece]].to(parameter.dtype)
@@ -336,7 +338,7 @@ def _learns(
     role: Role, config: TransformerConfig, ppo: PPO, precision: str, explicit: Mapping[str, ProcessGroupCollection]
 ) -> None:
     """Wrap the chunks in DDP, as megatron's training does: buckets for the first chunk only."""
-    for of, name, parameter in role.parameters():
+    for of, name, parameter in role.parameters:
         pieces = role.unpack(of, name, parameter.detach())
         parameter.requires_grad_(not all(weights.is_frozen(ppo.frozen, piece) for piece in pieces))
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
