@@ -1,5 +1,6 @@
 """pytest's side: options, Hypothesis profiles, warm pools, the search of each test, and how the end of a run looks."""
 
+import ast
 import contextlib
 import gc
 import importlib.util
@@ -41,14 +42,32 @@ _PROFILES = ("dev", "ci", "deep")
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+def _number(kind: Callable[[str], float], name: str) -> Callable[[str], float]:
+    """An option's number; one line and exit code 2 where it is none (pytest's own code would be 4)."""
+
+    def parsed(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            print(f"--{name}={text} must be a number", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return parsed
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ep-ppo-fuzz")
-    group.addoption("--max-ranks", type=int, default=4, help="largest world that is drawn (default 4)")
+    group.addoption(
+        "--max-ranks", type=_number(int, "max-ranks"), default=4, help="largest world that is drawn (default 4)"
+    )
     group.addoption("--every-layout", action="store_true", help="each layout once, as in the deep profile")
     group.addoption("--no-known", action="store_true", help="do not step around known bugs of megatron-core")
     group.addoption("--any-version", action="store_true", help="go on with an unsupported megatron-core")
     group.addoption(
-        "--shrink-seconds", type=float, default=60.0, help="for all failures of one test together (default 60)"
+        "--shrink-seconds",
+        type=_number(float, "shrink-seconds"),
+        default=60.0,
+        help="for all failures of one test together (default 60)",
     )
     group.addoption(
         "--plant", action="append", default=[], metavar="MODULE:FUNCTION", help="a bug to plant in every rank"
@@ -74,16 +93,22 @@ def _wrong_options(config: pytest.Config) -> Iterator[str]:
     if (profile := config.getoption("--hypothesis-profile")) not in (None, "", "default", *_PROFILES):
         yield f"--hypothesis-profile={profile} must be one of {', '.join(_PROFILES)}"
     for plant in config.getoption("plant"):
-        if not _importable(plant.rpartition(":")[0]):
-            yield f"--plant {plant} must be MODULE:FUNCTION, with a module that can be imported"
+        module, _, function = plant.rpartition(":")
+        if function not in _functions(module):
+            yield f"--plant {plant} must be MODULE:FUNCTION, with a module that can be imported and a function in it"
 
 
-def _importable(module: str) -> bool:
-    """Whether a module is there; it is not run, since it may import megatron-core."""
+def _functions(module: str) -> list[str]:
+    """What a module has at its top level; it is read, not run, since it may import megatron-core."""
     try:
-        return bool(module) and importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
+        found = importlib.util.find_spec(module) if module else None
+        source = Path(found.origin).read_text() if found and found.origin else ""
+        body = ast.parse(source).body
+        imported = [alias for each in body if isinstance(each, ast.ImportFrom) for alias in each.names]
+        made = [each.name for each in body if isinstance(each, ast.FunctionDef)]
+        return [*made, *(alias.asname or alias.name for alias in imported)]
+    except (ImportError, OSError, SyntaxError, ValueError):
+        return []
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

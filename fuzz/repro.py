@@ -52,17 +52,18 @@ SAYS = {
 
 
 def kind(case: Case, law: str) -> str:
-    """Which self-contained script a law has; empty where it needs the whole PPO step.
+    """Which self-contained script a law has; empty where it needs the whole PPO step. On one rank a wrong gate shows
+    in losses that plain torch computes.
 
-    Balance losses are defined per micro-batch: one process that sees all rows at once has others. Pipelines, context
-    parallelism, other orders of ranks, shared query groups and dense layers take more lines than a script has.
+    Context parallelism needs an attention of its own, and virtual or uneven stages a map of layers: more lines than a
+    script has. The ledger of the dispatch reads who is whose peer off the default order.
     """
-    model, layout = case.model, case.layout
-    apart = layout.pp * layout.cp > 1 or layout.order != Layout().order or model.kv_heads < layout.tp
-    if apart or model.aux_loss or model.z_loss or model.tied or model.dense:
-        return ""
     found = next((kind for kind, laws in KINDS.items() if law in laws), "")
-    return "alone" if found == "gradients" and layout.world == 1 else found
+    model, layout = case.model, case.layout
+    long = layout.cp > 1 or layout.vpp > 1 or layout.split != "even" or (layout.pp > 1 and model.tied)
+    if layout.world == 1 and (found == "gradients" or law == "routing is valid"):
+        return "alone"
+    return "" if long or (found == "dispatch" and (layout.order != Layout().order or model.dense)) else found
 
 
 def script(case: Case, law: str, plants: tuple[str, ...] = (), sentence: str = "", seen_on: str = "") -> str:
@@ -74,9 +75,11 @@ def script(case: Case, law: str, plants: tuple[str, ...] = (), sentence: str = "
     words = _words(case, found)
     body = Template(_kept(text, words)).substitute(_numbers(case, found))
     body = body if "cut" in words else CUT.sub(r"\1", body)
-    made = _head(law, found, sentence, seen_on) + _with(body, plants)
-    short = made.count("\n") <= MOST_LINES
-    return made if short else whole_case(case, law, plants, sentence, seen_on)
+    for lines in (3, 2, 1):
+        made = _head(law, found, sentence, seen_on, lines) + _with(body, plants)
+        if made.count("\n") <= MOST_LINES:
+            return made
+    return whole_case(case, law, plants, sentence, seen_on)
 
 
 def whole_case(case: Case, law: str, plants: tuple[str, ...] = (), sentence: str = "", seen_on: str = "") -> str:
@@ -104,8 +107,22 @@ def _words(case: Case, found: str) -> set[str]:
         "parallel_norm": forward and layout.tp > 1,
         "uneven": forward and layout.ep > 1 and layout.etp > 1,
         "cut": max(layout.tp, layout.etp) > 1,
-        "ep": found != "dispatch" and layout.ep > 1,
-        "all_experts": layout.ep == 1,
+        "pp": layout.pp > 1,
+        "schedule": layout.pp > 1 or case.model.aux_loss > 0,
+        "once": layout.pp == 1 and not case.model.aux_loss,
+        "plain": layout.pp == 1 and not case.model.tied,
+        "zeros": not forward or layout.pp > 1 or case.model.aux_loss > 0,
+        "order": layout.order != Layout().order,
+        "usual": layout.order == Layout().order,
+        "moved": found != "dispatch" and layout.ep * layout.pp > 1,
+        "unmoved": layout.ep * layout.pp == 1,
+        "dense": bool(case.model.dense),
+        "all_moe": not case.model.dense,
+        "tied": case.model.tied,
+        "untied": not case.model.tied,
+        "aux": case.model.aux_loss > 0,
+        "z": case.model.z_loss > 0,
+        "balance": case.model.aux_loss + case.model.z_loss > 0,
         "shared": case.model.shared_ffn > 0,
         "uninitialized": not case.switches.perform_initialization and found != "dispatch",
         "optimizer": not forward,
@@ -128,11 +145,21 @@ def _numbers(case: Case, found: str) -> dict[str, object]:
     layout, model, batch, ppo = case.layout, case.model, case.batch, case.ppo
     return {
         **{name: getattr(layout, name) for name in ("world", "tp", "ep", "etp")},
+        "layout": _layout(layout),
+        "gpt": "gpt =" if found in ("dispatch", "gradients") and layout.tp > 1 else "return",
         **{name: getattr(model, name) for name in ("experts", "top_k", "layers", "hidden", "heads", "kv_heads")},
         **{name: getattr(model, name) for name in ("head_dim", "ffn", "shared_ffn", "vocab")},
         **{name: getattr(ppo, name) for name in ("lr", "weight_decay", "momentum", "eps", "max_norm", "optimizer")},
         "title": {"sgd": "SGD", "adam": "AdamW"}[ppo.optimizer],
+        "dp": layout.dp,
+        "order": layout.order,
+        "dense_ffn": model.dense_ffn or model.ffn,
+        "moe_freq": [int(layer in model.moe) for layer in range(model.layers)],
+        "dense_layers": list(model.dense),
+        "aux_loss": model.aux_loss,
+        "z_loss": model.z_loss,
         "block": layout.ep * layout.etp,
+        "share": batch.rows // layout.dp,
         "rows": batch.rows,
         "width": -(-(batch.prompt + batch.response) // layout.tp) * layout.tp,
         "pre_softmax": not model.norm_topk_prob,
@@ -146,17 +173,26 @@ def _numbers(case: Case, found: str) -> dict[str, object]:
     }
 
 
-def _head(law: str, found: str, sentence: str, seen_on: str) -> str:
-    """What the script is about, for who reads it first."""
+def _layout(layout: Layout) -> str:
+    """The degrees above 1 as lines; megatron-core takes ETP to be TP unless it is told."""
+    names = {"tp": "tensor_model", "pp": "pipeline_model", "ep": "expert_model", "etp": "expert_tensor"}
+    usual = {"tp": 1, "pp": 1, "ep": 1, "etp": layout.tp}
+    told = [f'"{names[x]}_parallel_size": {getattr(layout, x)}' for x in names if getattr(layout, x) != usual[x]]
+    pairs = [", ".join(told[at : at + 2]) for at in range(0, len(told), 2)] or [""]
+    return "\n".join(f"LAYOUT {'|=' if at else '='} {{{pair}}}" for at, pair in enumerate(pairs))
+
+
+def _head(law: str, found: str, sentence: str, seen_on: str, most: int = 3) -> str:
+    """What the script is about, for who reads it first; the sentence in at most so many lines."""
     seen = f"Seen on {seen_on}. " if seen_on else ""
-    lines = [f"The law: {law}.", "", *_wrapped(sentence), *_wrapped(f"{seen}{SAYS[found]} {ENDS}")]
+    lines = [f"The law: {law}.", "", *_wrapped(sentence, most), *_wrapped(f"{seen}{SAYS[found]} {ENDS}")]
     text = "\n".join(lines).replace("\\", "\\\\").replace('"""', "'''")
     return f'"""{text}\n"""\n\n'
 
 
-def _wrapped(text: str) -> list[str]:
+def _wrapped(text: str, most: int = 3) -> list[str]:
     printable = "".join(c if c.isprintable() else " " for c in text)  # a NUL is no source
-    return textwrap.wrap(" ".join(printable.split()), WIDTH, max_lines=3, break_on_hyphens=False)
+    return textwrap.wrap(" ".join(printable.split()), WIDTH, max_lines=most, break_on_hyphens=False)
 
 
 def _with(body: str, plants: tuple[str, ...]) -> str:

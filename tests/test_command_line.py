@@ -37,17 +37,23 @@ def lines(text: str) -> list[str]:
 # ---- bad input -------------------------------------------------------------------------------------------------
 
 
+PLANT = "must be MODULE:FUNCTION, with a module that can be imported and a function in it"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--plant", "nope:no"], "--plant nope:no must be MODULE:FUNCTION, with a module that can be imported"),
-        (["--plant", "nope"], "--plant nope must be MODULE:FUNCTION, with a module that can be imported"),
-        (["--hypothesis-profile=no"], "--hypothesis-profile=no must be one of dev, ci, deep"),
+        (["--plant", "nope:no"], f"Exit: --plant nope:no {PLANT}"),
+        (["--plant", "nope"], f"Exit: --plant nope {PLANT}"),
+        (["--plant", "toy_models.planted.state:nope"], f"Exit: --plant toy_models.planted.state:nope {PLANT}"),
+        (["--hypothesis-profile=no"], "Exit: --hypothesis-profile=no must be one of dev, ci, deep"),
+        (["--max-ranks=x"], "--max-ranks=x must be a number"),
+        (["--shrink-seconds=x"], "--shrink-seconds=x must be a number"),
     ],
 )
 def test_what_does_not_exist_is_refused(options: list[str], said: str) -> None:
     code, text = run(*options)
-    assert (code, lines(text)) == (2, [f"Exit: {said}"])
+    assert (code, lines(text)) == (2, [said])
 
 
 def test_no_ranks_at_all_is_refused() -> None:

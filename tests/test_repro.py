@@ -21,6 +21,8 @@ FOUR = MoEModel(heads=2, kv_heads=2, ffn=4, experts=4, top_k=2, norm_topk_prob=T
 EP2 = Case(layout=Layout(world=2, ep=2), batch=Batch(rows=2))
 ADAM = PPO(optimizer="adam", lr=0.01, weight_decay=0.1, max_norm=1.0, eps=1e-4)
 ETP = Case(layout=Layout(world=4, ep=2, etp=2), model=FOUR, batch=Batch(rows=4))
+BALANCED = replace(FOUR, aux_loss=1.0)
+STAGES = Layout(world=4, pp=2, ep=2)
 TP = Case(layout=Layout(world=2, tp=2, etp=2), model=FOUR, batch=Batch(rows=2, prompt=3))
 SHARED = MoEModel(family="qwen2moe", experts=3, top_k=2, norm_topk_prob=True, hidden=8, heads=2, shared_ffn=3, layers=2)
 ALONE = Case(model=SHARED, batch=Batch(rows=3, prompt=4, response=3))
@@ -87,7 +89,7 @@ def test_a_whole_case_is_the_case(tmp_path: Path) -> None:
         (EP2, GRADIENTS, "as expected: losses and gradients of one rank"),
         (ALONE, GRADIENTS, "as expected: losses and gradients"),
         pytest.param(replace(EP2, ppo=ADAM), NORM, "as expected: the norm", marks=pytest.mark.slow),
-        pytest.param(replace(TP, ppo=ADAM), STEP, "holds: the optimizer does its formula", marks=pytest.mark.slow),
+        pytest.param(replace(TP, ppo=ADAM), STEP, "as expected: the formula", marks=pytest.mark.slow),
         pytest.param(Case(ppo=ADAM), STEP, "as expected: the formula", marks=pytest.mark.slow),
         pytest.param(TP, GRADIENTS, "as expected: losses", marks=pytest.mark.slow),
         pytest.param(TP, DISPATCH, "as expected: every copy", marks=pytest.mark.slow),
@@ -95,6 +97,28 @@ def test_a_whole_case_is_the_case(tmp_path: Path) -> None:
         pytest.param(ETP, DISPATCH, "as expected: every copy", marks=pytest.mark.slow),
         pytest.param(GATHER, DISPATCH, "as expected: every copy", marks=pytest.mark.slow),
         pytest.param(GATHER, GRADIENTS, "holds: gradients match", marks=pytest.mark.slow),
+        pytest.param(Case(model=BALANCED, batch=TP.batch), GRADIENTS, "as expected: losses", marks=pytest.mark.slow),
+        pytest.param(
+            Case(model=replace(FOUR, layers=2, tied=True, dense=(0,), dense_ffn=6), batch=TP.batch),
+            GRADIENTS,
+            "as expected: losses and gradients",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(replace(EP2, model=BALANCED), GRADIENTS, "as expected: losses", marks=pytest.mark.slow),
+        pytest.param(replace(TP, model=replace(FOUR, kv_heads=1)), GRADIENTS, "as exp", marks=pytest.mark.slow),
+        pytest.param(
+            Case(layout=Layout(world=4, tp=2, ep=2, order="ep-tp-dp-cp-pp"), model=FOUR, batch=ETP.batch),
+            GRADIENTS,
+            "as expected: losses and gradients of one rank",
+            marks=pytest.mark.slow,
+        ),
+        (Case(layout=STAGES, model=replace(BALANCED, layers=2), batch=ETP.batch), GRADIENTS, "as expected: losses"),
+        pytest.param(
+            Case(layout=STAGES, model=replace(FOUR, layers=2), batch=ETP.batch, ppo=ADAM),
+            STEP,
+            "as expected: the formula",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_healthy_cases_are_as_expected(tmp_path: Path, case: Case, law: str, says: str) -> None:
@@ -113,6 +137,13 @@ def test_healthy_cases_are_as_expected(tmp_path: Path, case: Case, law: str, say
             "rank 1, expert 2: expected tokens [",
         ),
         (ALONE, GRADIENTS, "toy_models.planted.dispatch:combine_overwrites_copies", "rank 0, losses: expected "),
+        (Case(), "routing is valid", "toy_models.planted.dispatch:gate_of_top_1_is_one", "rank 0, losses: expected "),
+        (
+            replace(TP, model=replace(FOUR, z_loss=0.1)),
+            GRADIENTS,
+            "toy_models.planted.gradients:z_loss_not_divided_by_tp",
+            "rank 0, embedding.word_embeddings.weight: expected ",
+        ),
     ],
 )
 def test_a_planted_bug_is_shown(tmp_path: Path, case: Case, law: str, plant: str, says: str) -> None:

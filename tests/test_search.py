@@ -233,7 +233,9 @@ def folders_of(tmp_path: Path) -> list[Path]:
 
 
 def test_a_failure_becomes_a_folder_with_all_that_a_maintainer_asks(tmp_path: Path) -> None:
-    code, said = run(tmp_path, "--plant", "toy_models.planted.gradients:expert_gradients_scaled_twice")
+    code, said = run(
+        tmp_path, "--plant", "toy_models.planted.gradients:expert_gradients_scaled_twice", "--shrink-seconds=20"
+    )
     assert code == 1, said
     [folder] = folders_of(tmp_path)
     files = {"case.json", "original.json", "report.md", "repro.py", "divergence.png"}
@@ -260,7 +262,7 @@ def test_a_failure_becomes_a_folder_with_all_that_a_maintainer_asks(tmp_path: Pa
 
 
 def test_two_root_causes_of_one_law_are_two_failures(tmp_path: Path) -> None:
-    code, said = run(tmp_path, "--plant", "tests.in_ranks:two_causes", "--shrink-seconds=20")
+    code, said = run(tmp_path, "--plant", "tests.in_ranks:two_causes", "--shrink-seconds=8")
     assert code == 1, said
     folders = folders_of(tmp_path)
     assert [folder.name.rpartition("-")[0] for folder in folders] == ["every-rank-finishes"] * 2
