@@ -26,7 +26,7 @@ from fuzz.broken import size as size_of_broken
 from fuzz.case import Case, HarnessFault, Violation
 from fuzz.search import Row, Search
 from fuzz.space import PROPERTIES
-from fuzz.timebox import TimeBox
+from fuzz.timebox import TimeBox, TimeUp
 from fuzz.trial import Trials
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -248,6 +248,15 @@ def refuse(pytestconfig: pytest.Config, trials: Trials) -> Callable[[Broken], No
         boxes.setdefault(name, box).run(broken, judge)
 
     return run
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Any:
+    """A search that ran out of time ends with the smallest that it has found."""
+    try:
+        return (yield)
+    except TimeUp as ended:
+        raise ended.verdict() from None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

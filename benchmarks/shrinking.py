@@ -27,7 +27,7 @@ from fuzz.neighbours import moved, neighbours
 from fuzz.order import size
 from fuzz.space import NAMED, all_layouts, complexity, worlds
 from fuzz.strategies import cases
-from fuzz.timebox import Failure, TimeBox
+from fuzz.timebox import Failure, TimeBox, TimeUp
 from fuzz.trial import Trials
 from toy_models.spec import Layout
 
@@ -78,7 +78,7 @@ def shrink(trials: Trials, asked: argparse.Namespace) -> Shrunk:
     def search(case: Case) -> None:
         box.run(case, lambda unseen: trials.judge(unseen).violation)
 
-    with suppress(Violation, ExceptionGroup):
+    with suppress(Violation, ExceptionGroup, TimeUp):
         search()
     smallest = min(box.failures.values(), key=lambda failure: size(failure.violation.case), default=None)
     return Shrunk(smallest, watched.first, box.cases, watched.last - watched.began)

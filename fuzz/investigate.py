@@ -107,8 +107,8 @@ def _script(report: Report, trials: Trials, folder: Path) -> Report:
     """Write the script that shows the bug by itself; one that imports this package where that does not show it."""
     violation, file = report.violation, folder / "repro.py"
     plants = (*_planted(trials), *_needed_mends(violation.case, trials))
-    for make in (repro.script, repro.whole_case):
-        text = make(violation.case, violation.law, plants, violation.sentence, seen_on())
+    what = violation.case, violation.law, plants, violation.sentence, seen_on()
+    for text in dict.fromkeys((repro.script(*what), repro.whole_case(*what))):
         write(file, text)
         why = repro.check(file, SCRIPT)
         if not why:

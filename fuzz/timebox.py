@@ -1,14 +1,13 @@
 """One test's search for the smallest failure: verdicts recorded by case, a budget of seconds, and the best so far.
 
 Hypothesis stops shrinking by itself only after minutes, and shrinks one choice after another. So the first failure of
-a kind is made smaller by leaps (`fuzz.descent`), and Hypothesis has the rest of the budget. Once that is spent, unseen
-cases pass unrun, and recorded ones repeat their verdict, so that Hypothesis ends with the smallest that it has. Knows
-no pytest, no Hypothesis, no files.
+a kind is made smaller by leaps (`fuzz.descent`), and Hypothesis has the rest of the budget. Once that is spent, TimeUp
+ends the search with the smallest that there is. Knows no pytest, no Hypothesis, no files.
 """
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -17,7 +16,22 @@ from fuzz.case import Case, Violation
 from fuzz.descent import smallest
 from fuzz.order import size
 
-HYPOTHESIS = 5.0  # seconds at least, if there are as many
+HYPOTHESIS = 3.0  # seconds at least, if there are as many
+
+
+class TimeUp(BaseException):
+    """The budget of a search is spent. Hypothesis lets pass, and ends at, what is no Exception; else it would go on
+    drawing for seconds, though nothing is run any more.
+    """
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        super().__init__("the time for shrinking is over")
+        self.violations = violations
+
+    def verdict(self) -> Exception:
+        """What the test ends with: the smallest violation, or a group with one of each failure."""
+        first, *others = self.violations
+        return ExceptionGroup("several failures", self.violations) if others else first
 
 
 @dataclass(frozen=True)
@@ -60,10 +74,10 @@ class TimeBox:
         return max(0.0, self._until - time.monotonic())
 
     def run(self, case: Case, judge: Callable[[Case], Violation | None]) -> None:
-        """Judge a case, or repeat what was found, or pass over it; raises the Violation."""
+        """Judge a case, or repeat what was found; raises the Violation, or TimeUp with the smallest."""
+        if not self.left():
+            raise TimeUp([failure.violation for failure in self.failures.values()])
         if case not in self._verdicts:
-            if not self.left():
-                return
             self._record(case, judge(case))
             self._descend(case, judge)
         if found := self._verdicts[case]:

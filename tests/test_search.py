@@ -15,7 +15,7 @@ from fuzz.case import Case, HarnessFault, Violation, violation_of
 from fuzz.case_json import from_json
 from fuzz.folders import Folders, name
 from fuzz.investigate import investigate
-from fuzz.timebox import Failure, TimeBox
+from fuzz.timebox import Failure, TimeBox, TimeUp
 from toy_models.spec import Batch, Layout
 
 ROOT = Path(__file__).parents[1]
@@ -94,13 +94,22 @@ def test_a_recorded_violation_does_not_keep_what_was_seen() -> None:
     assert judge.alive() is None
 
 
-def test_once_the_budget_is_spent_unseen_cases_pass_unrun_and_seen_ones_fail() -> None:
+def test_once_the_budget_is_spent_the_search_ends_with_the_smallest() -> None:
+    """By what is no Exception, which Hypothesis would shrink; nothing more is run, nothing recorded as passed."""
     judge, box = Judge(), TimeBox(0.0, lambda _: None, leaps=stay)
     assert box.left() == float("inf")
     failing(box, LARGE, judge)
-    box.run(SMALL, judge)
+    for case in (SMALL, LARGE):
+        with pytest.raises(TimeUp) as ended:
+            box.run(case, judge)
+        assert ended.value.verdict() is box.failures["law", ""].violation
     assert box.left() == 0 and judge.run == [LARGE] and box.cases == 1
-    assert failing(box, LARGE, judge).case == LARGE
+
+
+def test_several_failures_end_as_a_group() -> None:
+    first, second = broken(SMALL), broken(MIDDLE, "other")
+    verdict = TimeUp([first, second]).verdict()
+    assert isinstance(verdict, ExceptionGroup) and verdict.exceptions == (first, second)
 
 
 def test_the_best_is_the_smallest_and_every_better_one_is_told() -> None:
