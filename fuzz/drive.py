@@ -27,7 +27,7 @@ from toy_models.megatron import Role
 from toy_models.spec import Layout
 from toy_models.weights import ROLES
 
-KEPT_LAYOUTS = 24  # process groups of this many layouts stay open; making them costs more than a small case
+KEPT_LAYOUTS = 8  # process groups of so many layouts stay open: some ten threads each; more were hardly met again
 GROUP_TIMEOUT = timedelta(seconds=120)  # a backstop: the parent's deadline is shorter
 
 

@@ -63,7 +63,7 @@ def needed(case: Case) -> int:
     """Bytes that running a case takes at most, over all processes.
 
     Observations lie in the rank, in its reply, and twice in the parent where the case has a twin; the reference is run
-    four times where its movement is asked for.
+    up to six times where its movement is asked for, one after the other.
     """
     working, observed = _working(case), _observed(case)
     return BASE + case.layout.world * (RANK + working + 4 * observed) + 2 * working + 8 * observed

@@ -110,7 +110,7 @@ def _answer(seat: Seat, progress: Callable[[str], None]) -> Word:
         outcome, seen = _outcome(called, progress, args)
         doing = f"pack what {function} returned"
         return outcome, _packed(seat, seen)
-    except Unwritten as error:
+    except (Unwritten, Exhausted) as error:
         return "fault", str(error)
     except BaseException as error:
         return _fault(doing, error)
@@ -125,6 +125,8 @@ def _outcome(called: Callable, progress: Callable[[str], None], args: tuple) -> 
     try:
         return "done", called(progress, *args)
     except BaseException as error:
+        if any(said in _message(error) for said in NO_THREADS):
+            raise Exhausted(f"{_message(error)}: no more threads here; {MORE_THREADS}") from error
         return "raised", {"facts": _cause(error), "error": _traced(error)}
 
 
@@ -169,6 +171,15 @@ def _packed(seat: Seat, seen: dict[str, Any]) -> dict[str, Any]:
             _write(seat.file("reply"), head, offsets, list(tensors.values()), size)
     largest = max(tensors, key=lambda name: tensors[name].nbytes, default="")
     return {"size": size, "head": len(head), "largest": largest}
+
+
+# What the system says where a thread cannot be made, in words of C and of Python.
+NO_THREADS = ("Resource temporarily unavailable", "can't start new thread")
+MORE_THREADS = "raise the limit (ulimit -u, pids.max of the control group) or run fewer ranks (--max-ranks)"
+
+
+class Exhausted(Exception):
+    """The machine, not the system under test, came to its end."""
 
 
 class Unwritten(Exception):

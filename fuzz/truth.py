@@ -13,6 +13,7 @@ from fuzz.case import Case
 from toy_models import reference
 
 ULP = {"float64": 2.0**-52, "float32": 2.0**-23}
+ROUNDED = 2.0**-24  # the relative error of a number that was rounded to float32
 
 
 @lru_cache(maxsize=4)
@@ -31,13 +32,17 @@ def movement(progress: Callable[[str], None], case: Case) -> dict[str, Any]:
 
     The greatest of three: every weight moved up or down, the same turned around, and the reference itself computed in
     float32 (for float64 scaled by the ratio of the units), which moves intermediate results too, so that it sees
-    cancellation that weights alone do not. The rollouts keep their tokens.
+    cancellation that weights alone do not. Where gradients are clipped also of two with the clip coefficients moved by
+    float32's rounding, as megatron-core accumulates their norm in float32 in any precision: all alike, which moves SGD
+    most, and in turns, since Adam does not feel a factor common to all steps. The rollouts keep their tokens.
     """
     progress("movement")
     base, ulp = _run(case), ULP[case.precision]
     tokens, mask = ([base["tensors"][f"{i}/{name}"] for i in _iterations(base)] for name in ("tokens", "mask"))
     runs = [(reference.run(case, sign * ulp, tokens, mask), 1.0) for sign in (1, -1)]
     runs.append((reference.run(case, 0.0, tokens, mask, dtype=torch.float32), ulp / ULP["float32"]))
+    for second in (ROUNDED, -ROUNDED) if case.ppo.max_norm else ():
+        runs.append((reference.run(case, 0.0, tokens, mask, clip_nudges=(ROUNDED, second)), 1.0))
     gaps = [{key: gap * share for key, gap in _gaps(base, moved).items()} for moved, share in runs]
     return {"numbers": {f"moved/{key}": max(gap[key] for gap in gaps) for key in gaps[0]}}
 

@@ -85,6 +85,11 @@ def raises_on(progress: Progress, *ranks: int) -> dict[str, Any]:
     return total(progress, 1.0)
 
 
+def no_more_threads(progress: Progress) -> dict[str, Any]:
+    """What the system says where a thread cannot be made."""
+    raise RuntimeError("Resource temporarily unavailable")
+
+
 def signals_itself(progress: Progress, name: str) -> dict[str, Any]:
     progress("before the end")
     print("last words")

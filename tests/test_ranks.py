@@ -200,3 +200,10 @@ def test_sixty_megabytes_arrive(two: Ranks) -> None:
     began = time.monotonic()
     assert [one.tensors["bulk"].numel() for one in two.run(f"{SELF}:bulk", 30)] == [30 * 2**20] * 2
     print(f"60 MiB in {time.monotonic() - began:.2f} s")
+
+
+def test_a_machine_without_threads_is_no_finding(two: Ranks) -> None:
+    """One line with what to do; the next case passes."""
+    with pytest.raises(HarnessFault, match=r"rank \d: Resource temporarily unavailable: no more threads here; raise"):
+        two.run(f"{SELF}:no_more_threads")
+    passes(two)

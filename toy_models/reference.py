@@ -45,6 +45,7 @@ class Run:
     tensors: dict[str, torch.Tensor]
     numbers: dict[str, float]
     facts: dict[str, Any]
+    clip_nudges: tuple[float, float] = (0.0, 0.0)
 
 
 def run(
@@ -53,15 +54,18 @@ def run(
     tokens: Sequence[torch.Tensor] | None = None,
     mask: Sequence[torch.Tensor] | None = None,
     dtype: torch.dtype = torch.float64,
+    clip_nudges: tuple[float, float] = (0.0, 0.0),
 ) -> dict[str, dict[str, Any]]:
     """Run `case.program`; {"tensors", "numbers", "facts"} under the keys of `docs/ppo.md`.
 
     `nudge` multiplies every initial weight by 1 + nudge or 1 - nudge. `tokens` [R, P + J] and `mask` [R, J],
     one of each per iteration, force the rollouts, so that a nudged run keeps the tokens of the first.
-    `dtype` float32 is for measuring rounding only.
+    `dtype` float32 is for measuring rounding only. `clip_nudges` multiply clip coefficients by 1 + the first in a
+    model's even steps, by 1 + the second in its odd ones.
     """
     with keep_float64():
         now, experience, iteration = _start(case, nudge, dtype), None, -1
+        now.clip_nudges = clip_nudges
         for operation in case.program:
             name = type(operation).__name__
             if name == "Rollout":
@@ -229,7 +233,7 @@ def _apply(now: Run, key: str, role: str, grads: Tensors) -> None:
     ppo, model = now.case.ppo, now.trained[role]
     grads = {name: grad for name, grad in grads.items() if not is_frozen(ppo.frozen, name)}
     total = update.norm(grads.values())
-    coefficient = update.clip_coefficient(ppo.max_norm, total)
+    coefficient = update.clip_coefficient(ppo.max_norm, total) * (1 + now.clip_nudges[model.steps % 2])
     update.step(ppo, model, {name: grad * coefficient for name, grad in grads.items()})
     now.numbers[f"{key}/{role}_norm"] = total
     for kind, named in {"grad": grads, "weight": model.weights, **model.moments}.items():
