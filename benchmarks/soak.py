@@ -1,10 +1,11 @@
-"""Generated cases in a row, judged by all laws, no shrinking: `python benchmarks/soak.py [--cases 500] [--seed 0]`.
+"""Generated cases in a row, judged by all laws, no shrinking: `python benchmarks/soak.py [--cases 500] [--seconds 600]`.
 
 Prints every violation and ill-conditioned case, then the summary; exit code 1 where a law was broken or never fired.
 """
 
 import argparse
 import sys
+import time
 
 from hypothesis import HealthCheck, given, seed, settings
 from rich.console import Console
@@ -37,10 +38,15 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-ranks", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so many")
     asked = parser.parse_args()
+    until = time.monotonic() + asked.seconds
     tally: summary.Tally = {}
-    trials, broken = Trials(plants=known.mends()), 0
+    trials, broken, run = Trials(plants=known.mends()), 0, 0
     for case in track(drawn(asked.cases, asked.seed, asked.max_ranks), description="cases"):
+        if time.monotonic() > until:
+            break
+        run += 1
         verdict = trials.judge(case)
         summary.count(tally, verdict)
         if verdict.violation is not None:
@@ -51,7 +57,7 @@ def main() -> int:
     trials.close()
     summary.write(tally, Console(width=110))
     rare = ", ".join(law for law in laws.NAMES if tally["fired"].get(law, 0) < LEAST)
-    print(f"{broken} of {asked.cases} cases broke a law; laws that fired in fewer than {LEAST}: {rare or 'none'}")
+    print(f"{broken} of {run} cases broke a law; laws that fired in fewer than {LEAST}: {rare or 'none'}")
     return int(bool(broken or rare))
 
 
