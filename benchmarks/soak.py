@@ -1,4 +1,4 @@
-"""Generated cases in a row, judged by all laws, no shrinking: `python benchmarks/soak.py [--cases 500] [--seconds 600]`.
+"""Generated cases in a row, judged by all laws, unshrunk: `python benchmarks/soak.py [--cases 500] [--seconds 600]`.
 
 Prints every violation and ill-conditioned case, then the summary; exit code 1 where a law was broken or never fired.
 """

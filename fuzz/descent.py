@@ -12,7 +12,7 @@ from typing import Any
 from fuzz.case import Case
 from fuzz.neighbours import PARTS, SIZES, fitted, flat, neighbours
 from fuzz.order import size
-from fuzz.space import NAMED
+from fuzz.space import NAMED, all_layouts, complexity, worlds
 from toy_models.spec import Layout
 
 LEAST: Mapping[str, Any] = flat(Case())
@@ -28,13 +28,54 @@ def smaller(case: Case) -> Iterator[Case]:
 
 def smallest(case: Case, fails: Callable[[Case], bool | None]) -> Case:
     """The last of a chain of cases that fail, each simpler than the one before; `fails` is None when time is up."""
-    for other in smaller(case):
-        found = fails(other)
-        if found is None:
-            return case
-        if found:
-            return smallest(other, fails)
+    here = _down(case, fails)
+    while (other := _first(_elsewhere(case, here), fails)) is not None:
+        here = _down(other, fails)
+    return here
+
+
+def _down(case: Case, fails: Callable[[Case], bool | None]) -> Case:
+    while (other := _first(smaller(case), fails)) is not None:
+        case = other
     return case
+
+
+def _first(tried: Iterator[Case], fails: Callable[[Case], bool | None]) -> Case | None:
+    """The first that fails; None where none does, or time is up."""
+    for other in tried:
+        found = fails(other)
+        if found is not False:
+            return other if found else None
+    return None
+
+
+def _elsewhere(first: Case, here: Case) -> Iterator[Case]:
+    """On every simpler layout, the simplest first: what was reached; then the same with as many rows in all; then what
+    it began with. Where what is small holds, what is large may fail.
+    """
+    layouts = list(_simpler(here))
+    of = {layout: {name: getattr(layout, name) for name in PLACES} for layout in layouts}
+    tried = [fitted(here, **of[layout]) for layout in layouts]
+    tried += [fitted(here, **of[layout], micro_batches=_all_rows(here, layout)) for layout in layouts]
+    tried += [fitted(first, **of[layout]) for layout in layouts]
+    yield from (other for other in dict.fromkeys(tried) if other is not None and _place(other) < _place(here))
+
+
+def _simpler(case: Case) -> Iterator[Layout]:
+    """Layouts of no more ranks that are simpler, with no more degrees above one."""
+    for layout in (layout for world in worlds(case.layout.world) for layout in all_layouts(world)):
+        few = complexity(layout)[0] <= complexity(case.layout)[0]
+        if few and (layout.world, complexity(layout)) < _place(case):
+            yield layout
+
+
+def _all_rows(case: Case, layout: Layout) -> int:
+    """In how many micro-batches a replica of this layout takes the rows of a case."""
+    return max(1, case.batch.rows // (case.ppo.mini_batches * case.batch.micro_rows * layout.dp))
+
+
+def _place(case: Case) -> tuple:
+    return case.layout.world, complexity(case.layout)
 
 
 def _plain(case: Case) -> Iterator[Case | None]:
@@ -64,4 +105,5 @@ def _single(case: Case) -> Iterator[Case | None]:
     for field, least in LEAST.items():
         if field not in PLACES and here[field] != least:
             yield fitted(case, **{field: least})
+    yield from (fitted(case, seed=seed) for seed in range(1, min(4, case.seed)))
     yield from (each.case for each in neighbours(case) if each.direction == "down")

@@ -66,8 +66,7 @@ class TimeBox:
         self._seconds, self._improved, self._measure, self._leaps = seconds, improved, measure, leaps
         self._verdicts: dict[Case, tuple[Violation, TracebackType | None] | None] = {}
         self._first: dict[tuple[str, str], Case] = {}
-        self._until = float("inf")
-        self._descended: set[tuple[str, str]] = set()
+        self._until = self._end = float("inf")  # of the search as it stands, and of the budget
 
     def left(self) -> float:
         """Seconds of the budget that are left; infinite while nothing has failed."""
@@ -90,21 +89,22 @@ class TimeBox:
         if violation is not None:
             traceback.clear_frames(violation.__traceback__)  # else the observations of every failing case stay
             self._verdicts[case] = violation, violation.__traceback__
-            self._until = min(self._until, time.monotonic() + self._seconds)
+            if self._end == float("inf"):
+                self._until = self._end = time.monotonic() + self._seconds
             self._compare(violation)
 
     def _descend(self, case: Case, judge: Callable[[Case], Violation | None]) -> None:
-        """From the first case of a failure go down by leaps, for at most half of what is left of the budget.
+        """From the first case of a failure, and from each smaller one that Hypothesis comes to, go down by leaps, for
+        at most half of what is left of the budget then.
 
         Where they end by themselves Hypothesis gets as long as they took, or HYPOTHESIS: little is left for it to do.
         """
         found = self._verdicts[case]
         identity = found and (found[0].law, found[0].cause)
-        if identity is None or identity in self._descended:
+        if identity is None or self.failures[identity].violation.case != case:
             return
-        self._descended.add(identity)
         began = time.monotonic()
-        until = began + self.left() / 2
+        until = began + (self._end - began) / 2
 
         def fails(other: Case) -> bool | None:
             if time.monotonic() > until:
@@ -116,7 +116,7 @@ class TimeBox:
 
         self._leaps(case, fails)
         if (ended := time.monotonic()) < until:
-            self._until = min(self._until, ended + max(HYPOTHESIS, ended - began))
+            self._until = min(self._end, ended + max(HYPOTHESIS, ended - began))
 
     def _compare(self, violation: Violation) -> None:
         key = violation.law, violation.cause

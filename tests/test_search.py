@@ -13,10 +13,11 @@ import pytest
 from fuzz import repro
 from fuzz.case import Case, HarnessFault, Violation, violation_of
 from fuzz.case_json import from_json
+from fuzz.descent import smallest
 from fuzz.folders import Folders, name
 from fuzz.investigate import investigate
 from fuzz.timebox import Failure, TimeBox, TimeUp
-from toy_models.spec import Batch, Layout
+from toy_models.spec import Batch, Layout, MoEModel
 
 ROOT = Path(__file__).parents[1]
 LARGE = Case(layout=Layout(world=4, ep=2), batch=Batch(rows=4))
@@ -130,6 +131,48 @@ def test_laws_and_causes_are_failures_of_their_own() -> None:
         with pytest.raises(Violation):
             box.run(case, lambda _, found=violation: found)
     assert set(box.failures) == {("law", ""), ("law", "a"), ("b", "")} and len(told) == 3
+
+
+# ---- leaps -----------------------------------------------------------------------------------------------------
+
+ETP = Case(layout=Layout(world=2, etp=2), batch=Batch(rows=2))
+
+
+def test_leaps_end_on_the_simplest_layout_that_fails() -> None:
+    """Degrees that the first case has not are tried too: EP is simpler than ETP."""
+    assert smallest(ETP, lambda case: case.layout.ep * case.layout.etp > 1) == SMALL
+
+
+def test_leaps_keep_the_rows_where_ranks_are_fewer() -> None:
+    """What needs three rows needs no three ranks."""
+    assert smallest(Case(layout=Layout(world=4), batch=Batch(rows=4)), lambda case: case.batch.rows > 2) == Case(
+        batch=Batch(rows=3)
+    )
+
+
+def test_leaps_go_back_to_what_they_began_with() -> None:
+    """On the simpler layout it takes more experts than on the one where they were first brought down."""
+    first = Case(layout=Layout(world=2, etp=2), model=MoEModel(experts=8), batch=Batch(rows=2))
+
+    def fails(case: Case) -> bool:
+        return case.layout.etp > 1 or (case.layout.ep > 1 and case.model.experts >= 4)
+
+    assert smallest(first, fails) == Case(layout=SMALL.layout, model=MoEModel(experts=4), batch=SMALL.batch)
+
+
+def test_a_smaller_case_of_hypothesis_is_brought_down_too() -> None:
+    """And the budget is one for all, from the first failure on."""
+    box = TimeBox(60.0, lambda _: None)
+
+    def judge(case: Case) -> Violation | None:
+        alone = case.layout.world == 1 and case.model.hidden > 8
+        return broken(case) if case.layout.tp > 1 or alone else None
+
+    large = Case(layout=Layout(world=2, tp=2, ep=2), model=MoEModel(heads=2, kv_heads=2))
+    for case in (large, Case(model=MoEModel(hidden=16, layers=3))):
+        with pytest.raises(Violation):
+            box.run(case, judge)
+    assert box.failures["law", ""].violation.case == Case(model=MoEModel(hidden=16)) and 0 < box.left() < 60
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def expert_gradients_not_reduced() -> None:
     """Expert gradients are not summed over expert data parallelism: replicas of an expert drift apart.
 
     Adapted from NVIDIA/Megatron-LM#5916, commit cd4afffa64: replicas that never exchange gradients.
-    minimal: world=4 ep=2
+    minimal: world=2 ep=2
     """
 
     def forget(ddp: Any) -> None:

@@ -29,7 +29,7 @@ def data_before_tensor_in_the_order() -> None:
     """Neighbouring ranks are data-parallel instead of tensor-parallel.
 
     Adapted from volcengine/verl#4697, commit b16e0488a: chunks that go to the wrong ranks.
-    minimal: world=4 tp=2
+    minimal: world=4 ep=2
     """
 
     def around(original: Callable, *args: Any, **kwargs: Any) -> None:
