@@ -1,7 +1,7 @@
 """What drawn cases cover, without running them: `python benchmarks/coverage.py [--cases 1000] [--max-ranks 4]`.
 
-Drawn cases as the properties draw them, shared out evenly over their worlds; the covering rows; and as many in all
-as `--cases`, the rows and, where they are fewer, drawn ones: how a run begins.
+Drawn cases as the properties draw them, shared out evenly over their worlds; the covering rows; with them the rows for
+three values at a time; and as many in all as `--cases`, these and, where they are fewer, drawn ones: how a run begins.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fuzz import coverage, meetings
 from fuzz.case import Case
-from fuzz.rows import covering
+from fuzz.rows import covering, threefold
 from fuzz.space import NAMED, PROPERTIES, all_layouts, worlds
 from fuzz.strategies import cases
 
@@ -68,8 +68,9 @@ def main() -> None:
         Table("cases", "number", "layouts", "pairs", "triples"),
         [r.case for some in rows.values() for r in some],
     )
-    both = [*listed, *mixed][: asked.cases]
-    for name, found in {"drawn": mixed, "rows": listed, "rows and drawn": both}.items():
+    more = [*listed, *(row.case for size in sizes for row in threefold(size))]
+    every = [*more, *mixed][: asked.cases]
+    for name, found in {"drawn": mixed, "rows": listed, "three at a time": more, "and drawn": every}.items():
         table.add_row(*covered(name, found, asked.max_ranks))
     console = Console(width=120)
     console.print(table)

@@ -14,8 +14,8 @@ from functools import cache
 from fuzz import meetings
 from fuzz.case import Case
 from fuzz.choices import Script, Scripted
-from fuzz.coverage import DIMENSIONS, Meeting, pairs, words
-from fuzz.space import DEGREES, NAMED, worlds_below
+from fuzz.coverage import AIMED, DIMENSIONS, Meeting, pairs, threes, words
+from fuzz.space import DEGREES, NAMED, worlds, worlds_below
 from fuzz.strategies import scripted
 from toy_models.spec import Layout
 
@@ -23,6 +23,8 @@ STARTS = 150  # scripts by chance, in which most words occur
 KEPT = 5  # scripts with a word, to take it from
 TRIED = 1  # of them, in a step
 SHAKEN = 1000  # rows made by chance where none can be taken from others
+BAG = 400  # rows by chance, to choose from for three words at a time
+WORTH = 12  # new meetings of three, without which a row is not worth its time
 ALIKE = 3  # values of a choice that are tried, to see what it moves
 FIRST_SIZE = 2 + 2 * len(NAMED)  # behind the world and the degrees: experts, top-k, layers, and the shape of the batch
 SIZES = range(FIRST_SIZE, FIRST_SIZE + 9)
@@ -87,6 +89,25 @@ def _lowered(row: Row, own: set[Meeting]) -> Row:
                 row = other
                 break
     return row
+
+
+@cache
+def threefold(world: int) -> tuple[Row, ...]:
+    """Rows by chance for three words at a time: of many, again and again the one in which most meet that have not."""
+    met = {three for ranks in worlds(world) for row in covering(ranks) for three in _threes(row)}
+    chance, found = random.Random(world), list[Row]()
+    left = {row: _threes(row) for row in (made(world, (_place(world),), chance) for _ in range(BAG))}
+    while left:
+        best = max(left, key=lambda row: len(left[row] - met))
+        if len(new := left.pop(best) - met) < WORTH:
+            break
+        met |= new
+        found.append(best)
+    return tuple(found)
+
+
+def _threes(row: Row) -> set[Meeting]:
+    return set(threes(words(row.case, AIMED)))
 
 
 def with_layout(layout: Layout, seed: int) -> Row:

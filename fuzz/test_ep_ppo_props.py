@@ -17,7 +17,7 @@ from fuzz.broken import Broken
 from fuzz.broken_strategies import broken_configurations
 from fuzz.case import Case, Violation
 from fuzz.known import Known, living
-from fuzz.rows import Row, covering, with_layout
+from fuzz.rows import Row, covering, threefold, with_layout
 from fuzz.space import all_layouts, first_in
 from fuzz.strategies import cases, rows
 from fuzz.trial import Trials
@@ -35,6 +35,11 @@ def test_covering_rows(rehearse: Rehearse, world: int) -> None:
 def test_every_layout(rehearse: Rehearse, world: int, long: None) -> None:
     """Each layout of this many ranks once."""
     rehearse_rows(rehearse, (with_layout(layout, seed) for seed, layout in enumerate(all_layouts(world))))
+
+
+def test_three_at_a_time(rehearse: Rehearse, world: int, long: None) -> None:
+    """Rows in which many three values meet that no covering row has."""
+    rehearse_rows(rehearse, threefold(world))
 
 
 def rehearse_rows(rehearse: Rehearse, tried: Iterable[Row]) -> None:

@@ -277,7 +277,7 @@ def _pixels(path: Path, colour: str) -> int:
     return int((np.abs(image.imread(path)[..., :3] - to_rgb(colour)) < 0.02).all(-1).sum())
 
 
-@pytest.mark.parametrize(("size", "layers"), [(1, 1), (2, 2), (4, 2), (64, 64)])
+@pytest.mark.parametrize(("size", "layers"), [(1, 1), (4, 2), pytest.param(64, 64, marks=pytest.mark.slow)])
 def test_a_picture_frames_what_is_first(tmp_path: Path, size: int, layers: int) -> None:
     """Light cells for what agrees, a frame around what does not; of a size that a page can show."""
     file = tmp_path / "divergence.png"

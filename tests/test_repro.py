@@ -87,7 +87,7 @@ def test_a_whole_case_is_the_case(tmp_path: Path) -> None:
     [
         (EP2, DISPATCH, "as expected: every copy is delivered once"),
         (EP2, GRADIENTS, "as expected: losses and gradients of one rank"),
-        (ALONE, GRADIENTS, "as expected: losses and gradients"),
+        pytest.param(ALONE, GRADIENTS, "as expected: losses and gradients", marks=pytest.mark.slow),
         pytest.param(replace(EP2, ppo=ADAM), NORM, "as expected: the norm", marks=pytest.mark.slow),
         pytest.param(replace(TP, ppo=ADAM), STEP, "as expected: the formula", marks=pytest.mark.slow),
         pytest.param(Case(ppo=ADAM), STEP, "as expected: the formula", marks=pytest.mark.slow),
@@ -112,7 +112,12 @@ def test_a_whole_case_is_the_case(tmp_path: Path) -> None:
             "as expected: losses and gradients of one rank",
             marks=pytest.mark.slow,
         ),
-        (Case(layout=STAGES, model=replace(BALANCED, layers=2), batch=ETP.batch), GRADIENTS, "as expected: losses"),
+        pytest.param(
+            Case(layout=STAGES, model=replace(BALANCED, layers=2), batch=ETP.batch),
+            GRADIENTS,
+            "as expected: losses",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             Case(layout=STAGES, model=replace(FOUR, layers=2), batch=ETP.batch, ppo=ADAM),
             STEP,
@@ -137,12 +142,19 @@ def test_healthy_cases_are_as_expected(tmp_path: Path, case: Case, law: str, say
             "rank 1, expert 2: expected tokens [",
         ),
         (ALONE, GRADIENTS, "toy_models.planted.dispatch:combine_overwrites_copies", "rank 0, losses: expected "),
-        (Case(), "routing is valid", "toy_models.planted.dispatch:gate_of_top_1_is_one", "rank 0, losses: expected "),
-        (
+        pytest.param(
+            Case(),
+            "routing is valid",
+            "toy_models.planted.dispatch:gate_of_top_1_is_one",
+            "rank 0, losses: expected ",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             replace(TP, model=replace(FOUR, z_loss=0.1)),
             GRADIENTS,
             "toy_models.planted.gradients:z_loss_not_divided_by_tp",
             "rank 0, embedding.word_embeddings.weight: expected ",
+            marks=pytest.mark.slow,
         ),
     ],
 )

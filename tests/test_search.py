@@ -286,7 +286,7 @@ def folders_of(tmp_path: Path) -> list[Path]:
 
 def test_a_failure_becomes_a_folder_with_all_that_a_maintainer_asks(tmp_path: Path) -> None:
     code, said = run(
-        tmp_path, "--plant", "toy_models.planted.gradients:expert_gradients_scaled_twice", "--shrink-seconds=20"
+        tmp_path, "--plant", "toy_models.planted.gradients:expert_gradients_scaled_twice", "--shrink-seconds=16"
     )
     assert code == 1, said
     [folder] = folders_of(tmp_path)
@@ -314,7 +314,7 @@ def test_a_failure_becomes_a_folder_with_all_that_a_maintainer_asks(tmp_path: Pa
 
 
 def test_two_root_causes_of_one_law_are_two_failures(tmp_path: Path) -> None:
-    code, said = run(tmp_path, "--plant", "tests.in_ranks:two_causes", "--shrink-seconds=8")
+    code, said = run(tmp_path, "--plant", "tests.in_ranks:two_causes", "--shrink-seconds=4")
     assert code == 1, said
     folders = folders_of(tmp_path)
     assert [folder.name.rpartition("-")[0] for folder in folders] == ["every-rank-finishes"] * 2
@@ -328,7 +328,7 @@ def test_two_root_causes_of_one_law_are_two_failures(tmp_path: Path) -> None:
 
 def test_an_unwritable_folder_is_one_warning_and_the_report_is_printed(tmp_path: Path) -> None:
     (tmp_path / ".fuzz").write_text("in the way")
-    code, said = run(tmp_path, "--plant", "toy_models.planted.liveness:starved_expert_raises", "--shrink-seconds=5")
+    code, said = run(tmp_path, "--plant", "toy_models.planted.liveness:starved_expert_raises", "--shrink-seconds=2")
     assert code == 1 and said.count("WARNING: ") == 1, said
     assert "(Not a directory); reports are printed here instead, the run goes on" in said
     assert "## Minimal case" in said and "## Environment" in said and "@example(Case(" in said
