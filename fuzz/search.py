@@ -95,6 +95,9 @@ class Search:
             if row := known.get(self._short(folder)):
                 found.append((row, None))
                 continue
+            if self._watcher:
+                where = f"{failure.violation.law} at {layout_of(failure.violation.case)}"
+                self._watcher.say(f"{self._name}: {where}: now what it depends on, where it diverges, its script")
             folder, report = investigate(failure, trials, self.folders, self._around)
             found.append((self._row(failure, folder, report), report))
         return found
