@@ -25,7 +25,10 @@ def gone(pids: list[int], folders: list[Path], seconds: float = 8.0) -> bool:
 
 
 def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # also where it ends between the two looks
+        return False
 
 
 def test_helpers_that_a_rank_forks_die_with_it() -> None:

@@ -313,6 +313,7 @@ def test_a_failure_becomes_a_folder_with_all_that_a_maintainer_asks(tmp_path: Pa
     assert "Traceback" not in said and "site-packages" not in said
 
 
+@pytest.mark.slow
 def test_two_root_causes_of_one_law_are_two_failures(tmp_path: Path) -> None:
     code, said = run(tmp_path, "--plant", "tests.in_ranks:two_causes", "--shrink-seconds=4")
     assert code == 1, said
@@ -326,6 +327,7 @@ def test_two_root_causes_of_one_law_are_two_failures(tmp_path: Path) -> None:
     assert shown == {f"@example({held(folder)!r})" for folder in folders}
 
 
+@pytest.mark.slow
 def test_an_unwritable_folder_is_one_warning_and_the_report_is_printed(tmp_path: Path) -> None:
     (tmp_path / ".fuzz").write_text("in the way")
     code, said = run(tmp_path, "--plant", "toy_models.planted.liveness:starved_expert_raises", "--shrink-seconds=2")
