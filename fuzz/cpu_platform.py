@@ -132,7 +132,7 @@ def _bytes(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 def _exchange(sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], group: Any) -> None:
     """`sent[i]` goes to rank i of the group, `received[i]` is filled from it. A lone rank has it already."""
     if len(sent) == 1:
-        received[0].copy_(sent[0].reshape(received[0].shape))
+        received[0].copy_(sent[0].detach().contiguous().view(received[0].dtype).reshape(received[0].shape))
         return
     into = torch.empty(sum(part.nbytes for part in received), dtype=torch.uint8)
     sizes = [[part.nbytes for part in parts] for parts in (received, sent)]
