@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,28 +21,31 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import moe_utils
 
-from fuzz import cpu_platform, probe, pulse, recorder
+from fuzz import cpu_platform, group, messages, probe, pulse, recorder
 from fuzz.case import Case, Rollout, Update
 from toy_models import megatron, ppo, precision
 from toy_models.megatron import Role
 from toy_models.spec import Layout
 from toy_models.weights import ROLES
 
-KEPT_LAYOUTS = 8  # process groups of so many layouts stay open: some ten threads each; more were hardly met again
+KEPT_LAYOUTS = 64  # process groups of so many layouts stay open
 GROUP_TIMEOUT = timedelta(seconds=120)  # a backstop: the parent's deadline is shorter
 
 
 def start(rank: int, world: int, store_path: str, plants: tuple[str, ...] = ()) -> None:
     """Called once in a rank process: platform, planted bugs, the default process group."""
+    backend = "nccl"
     if not torch.cuda.is_available():
         cpu_platform.apply()
+        group.connect(rank, world, Path(store_path).parent)
+        backend = group.BACKEND
     for plant in plants:
         module, function = plant.rsplit(":", 1)
         getattr(importlib.import_module(module), function)()
     if pulse.own is not None:
         recorder.apply(pulse.own)
     store = dist.FileStore(store_path, world)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
 
 
 # ---- process groups, kept per layout ---------------------------------------------------------------------------
@@ -73,6 +77,7 @@ def use_groups(layout: Layout) -> ProcessGroupCollection:
     # State that lives in no model object (docs: FACTS 'State outside the model objects').
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
     _forget_logged_losses()
+    messages.settled()
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
@@ -112,8 +117,8 @@ def _make_groups(layout: Layout) -> None:
 def _close(state: Mapping[str, Any]) -> None:
     flat = [g for v in state.values() for g in (v if isinstance(v, list) else [v])]
     groups = {id(g): g for g in flat if isinstance(g, dist.ProcessGroup) and g is not dist.group.WORLD}
-    for group in groups.values():
-        dist.destroy_process_group(group)
+    for each in groups.values():
+        dist.destroy_process_group(each)
 
 
 @contextlib.contextmanager
@@ -186,6 +191,7 @@ def step(progress: Callable[[str], None], case: Case, forced: Mapping[int, Mappi
             for gpt in [gpt for role in roles.values() for gpt in role.gpts]:  # a lone rank makes no collectives
                 gpt.register_forward_pre_hook(seen.alive)
         _run(case, roles, forced or {}, seen)
+    seen.facts["messages"] = messages.settled()
     seen.facts |= {f"layers/{name}": _layers(role) for name, role in roles.items()}
     return {"tensors": seen.tensors, "numbers": seen.numbers, "facts": seen.facts, "seconds": seen.seconds}
 

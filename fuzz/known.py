@@ -119,7 +119,7 @@ KNOWN = (
         lives=("0.16.1",),
         # deallocate_output_tensor swaps the storage of a tensor whose isend nobody has waited for: a race.
         covers=lambda case: case.switches.deallocate and case.switches.p2p in ("overlapped", "flushed"),
-        law="ratio is one before the first step",
+        law="tensors are left alone while sent",
         mend="toy_models.planted.mends:sent_tensors_outlive_deallocation",
         example=Case(
             layout=Layout(world=2, pp=2, vpp=2),

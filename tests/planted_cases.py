@@ -196,5 +196,9 @@ PLANTED: dict[str, tuple[Case, Law]] = {
     ),
     "liveness:first_rank_alone_reduces": (Case(layout=DP, batch=ROWS), liveness.collectives_run_in_lock_step),
     "liveness:starved_expert_raises": (Case(), liveness.every_rank_finishes),
+    "liveness:sent_tensors_are_reused": (
+        Case(layout=Layout(world=2, pp=2), model=MoEModel(layers=2), batch=ROWS),
+        liveness.tensors_are_left_alone_while_sent,
+    ),
     "liveness:last_rank_is_killed": (Case(layout=DP, batch=ROWS), liveness.every_rank_finishes),
 }

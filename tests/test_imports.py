@@ -52,11 +52,14 @@ TABLE = {
     "fuzz.case_files": Row("fuzz.case fuzz.case_json"),
     "fuzz.case_json": Row("fuzz.case fuzz.memory toy_models.spec"),
     "fuzz.memory": Row("fuzz.case toy_models.batching toy_models.spec"),
-    "fuzz.cpu_platform": Row("torch.* torch.distributed.* megatron.core.*"),
+    "fuzz.cpu_platform": Row("torch.* megatron.core.*"),
+    "fuzz.wire": Row(),
+    "fuzz.messages": Row("torch.*"),
+    "fuzz.group": Row("torch.* torch.distributed.* fuzz.messages fuzz.wire"),
     "fuzz.drive": Row(
-        "torch.* torch.distributed.* megatron.core.* fuzz.case fuzz.cpu_platform fuzz.probe fuzz.pulse fuzz.recorder "
-        "toy_models.spec "
-        "toy_models.weights toy_models.precision toy_models.megatron toy_models.ppo"
+        "torch.* torch.distributed.* megatron.core.* fuzz.case fuzz.cpu_platform fuzz.group fuzz.messages fuzz.probe "
+        "fuzz.pulse fuzz.recorder "
+        "toy_models.spec toy_models.weights toy_models.precision toy_models.megatron toy_models.ppo"
     ),
     "fuzz.trace": Row(
         "torch.* fuzz.case fuzz.drive fuzz.probe toy_models.megatron toy_models.ppo toy_models.precision "

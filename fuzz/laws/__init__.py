@@ -45,7 +45,11 @@ TWIN_LAWS = (
     twins.switches_that_must_not_matter_do_not,
     twins.the_dispatchers_agree,
 )
-LIVENESS: tuple[Law, ...] = (liveness.collectives_run_in_lock_step, liveness.every_rank_finishes)
+LIVENESS: tuple[Law, ...] = (
+    liveness.collectives_run_in_lock_step,
+    liveness.every_rank_finishes,
+    liveness.tensors_are_left_alone_while_sent,
+)
 NAMES = tuple(law.__name__ for law in (*LIVENESS, *LAWS, *TWIN_LAWS))
 
 

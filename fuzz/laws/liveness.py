@@ -62,6 +62,16 @@ def every_rank_finishes(case: Case, ranks: Sequence[Observation], reference: Obs
     return len(ranks)
 
 
+def tensors_are_left_alone_while_sent(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """What `isend` was given is neither changed nor freed before its handle is waited for, or the case is over."""
+    seen = [(rank.rank, rank.facts["messages"]) for rank in ranks if "messages" in rank.facts]
+    for rank, messages in seen:
+        for said in messages["touched"]:
+            finding = Finding(f"rank {rank}", "a tensor as it was when isend was called", said, said)
+            raise Violation(case, "tensors are left alone while sent", *finding)
+    return sum(messages["sent"] for _, messages in seen)
+
+
 def _told(ranks: Sequence[Observation]) -> str:
     """Of every rank: how it ended, its last collective, its stack or traceback."""
     return "\n\n".join(filter(None, (part for rank in ranks for part in (_last(rank), rank.error.strip()))))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from toy_models import ppo
@@ -71,3 +72,21 @@ def last_rank_is_killed() -> None:
         return original(*args)
 
     wrap(ppo, "_train", around)
+
+
+def sent_tensors_are_reused() -> None:
+    """A pipeline writes into a tensor again while it is still being sent to the next stage.
+
+    Adapted from NVIDIA/Megatron-LM#4047, commit 260cba7133: its storage is given back there.
+    minimal: world=2 pp=2
+    """
+
+    def around(original: Callable, **messages: Any) -> Any:
+        handles = original(**messages)
+        for name, tensor in messages.items():
+            if "_send_" in name and tensor is not None:
+                tensor.data.zero_()
+        return handles
+
+    wrap(p2p_communication, "_p2p_ops", around)
+    wrap(p2p_communication, "_batched_p2p_ops", around)

@@ -1,0 +1,99 @@
+"""Messages between two ranks: what `isend` and `irecv` return, and whether a tensor was left alone while it was sent.
+
+Knows tensors and bytes; nothing of sockets, groups or cases. What is sent is read at once, so a tensor that is changed
+or freed too early would not show: it is compared with what was read when its handle is waited for, or at the end of the
+case where nobody waits (the interleaved schedule drops handles).
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def view_of(tensor: torch.Tensor) -> memoryview:
+    """Its bytes; `tensor` is contiguous."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    return view_of(tensor.detach().contiguous())
+
+
+class Done:
+    """The Work of what is done when its call returns."""
+
+    def wait(self, *_: Any) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+class Sent(Done):
+    """A message. Until it is waited for its tensor must be left alone: it might be read at any time."""
+
+    def __init__(self, tensor: torch.Tensor, to: int) -> None:
+        self._tensor, self._to, self._place, self.data = tensor, to, tensor.data_ptr(), bytes(bytes_of(tensor))
+
+    def wait(self, *_: Any) -> bool:
+        if self in _unsettled:
+            _settle(_unsettled.pop(self))
+        return True
+
+    def touched(self) -> str:
+        """What was done to the tensor meanwhile; '' where nothing was."""
+        if self._tensor.data_ptr() != self._place or self._tensor.nbytes != len(self.data):
+            return (
+                f"the memory of a tensor of {len(self.data)} bytes was given back while it was sent to rank {self._to}"
+            )
+        if bytes(bytes_of(self._tensor)) != self.data:
+            return f"a tensor of {len(self.data)} bytes was changed while it was sent to rank {self._to}"
+        return ""
+
+
+_unsettled: dict[Sent, Sent] = {}  # in the order in which they were sent
+_messages: dict[str, Any] = {"sent": 0, "touched": []}
+
+
+def send(tensor: torch.Tensor, to: int, post: Callable[[memoryview], None]) -> Sent:
+    """Post what a tensor holds; it is looked at again when the message is waited for, or at the end of the case."""
+    message = Sent(tensor, to)
+    post(memoryview(message.data))
+    return _unsettled.setdefault(message, message)
+
+
+def _settle(message: Sent) -> None:
+    _messages["sent"] += 1
+    if found := message.touched():
+        _messages["touched"].append(found)
+
+
+def settled() -> dict[str, Any]:
+    """At the end of a case: how many messages were sent, and which of their tensors were touched too early."""
+    while _unsettled:
+        _settle(_unsettled.pop(next(iter(_unsettled))))
+    found = dict(_messages)
+    _messages.update(sent=0, touched=[])
+    return found
+
+
+class Taken(Done):
+    """A message that comes; those of one channel come in the order in which they were asked for."""
+
+    def __init__(self, tensor: torch.Tensor, take: Callable[[memoryview], None], asked: "deque[Taken]") -> None:
+        self._tensor, self._take, self._asked, self.done = tensor, take, asked, False
+        asked.append(self)
+
+    def wait(self, *_: Any) -> bool:
+        while not self.done:
+            self._asked.popleft()._fill()
+        return True
+
+    def _fill(self) -> None:
+        whole = self._tensor if self._tensor.is_contiguous() else torch.empty_like(self._tensor).contiguous()
+        self._take(view_of(whole))
+        if whole is not self._tensor:
+            self._tensor.copy_(whole)
+        self.done = True
