@@ -3,9 +3,11 @@
 A verdict depends on the case alone: what is cached (references, and process groups inside the ranks) is keyed by value.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from fuzz.broken import Broken
 from fuzz.case import Case, HarnessFault, Observation, Violation, twin_of
@@ -17,6 +19,7 @@ from toy_models.batching import padded_width, partition
 
 KEPT_REFERENCES = 64
 KEPT_POOLS = 6
+PARTS = ("reference", "ranks", "laws")  # where the parent's seconds of a case go, in Verdict.seconds
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,19 @@ class Trials:
 
     def judge(self, case: Case, times_patience: float = 1.0) -> Verdict:
         """Run a case, and its twin if it has one, and judge everything that was seen."""
+        clock = [time.perf_counter()]
         reference = self._reference(case)
+        clock.append(time.perf_counter())
         ranks, passing = self._ranks(case, reference, times_patience)
         run = case.twin and _done(ranks)  # where a rank was lost the twin would tell no more
         twin, also_passing = self._ranks(twin_of(case), reference, times_patience) if run else ([], [])
-        why, seconds = [*passing, *also_passing], _seconds(ranks, reference)
+        clock.append(time.perf_counter())
+        why, seconds = [*passing, *also_passing], _seconds(ranks)
         if _starved([*ranks, *twin]):
             return Verdict(case, {}, None, why, False, {}, seconds)
         counts, violation = judge(case, ranks, reference, twin)
+        clock.append(time.perf_counter())
+        seconds |= {name: after - before for name, (before, after) in zip(PARTS, pairwise(clock), strict=True)}
         ill = False
         if violation is not None and _done(ranks) and _done(twin):
             counts, again = judge(case, ranks, self._moving(case, reference), twin)
@@ -168,10 +176,10 @@ def _reference_key(case: Case) -> tuple:
     return (*key, partition(case.layout, case.batch, case.ppo), shards)
 
 
-def _seconds(ranks: Sequence[Observation], reference: Observation) -> dict[str, float]:
-    """How long each stage took on the first rank and in the reference; `quiet` before the ranks were given up."""
+def _seconds(ranks: Sequence[Observation]) -> dict[str, float]:
+    """How long each stage took on the first rank; `quiet` before the ranks were given up."""
     quiet = max((rank.seconds.get("quiet", 0.0) for rank in ranks), default=0.0)
-    return {**ranks[0].seconds, "quiet": quiet} | {f"reference.{k}": v for k, v in reference.seconds.items()}
+    return {**ranks[0].seconds, "quiet": quiet}
 
 
 def _facts(case: Case, ranks: Sequence[Observation], reference: Observation) -> dict[str, bool]:
