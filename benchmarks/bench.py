@@ -6,8 +6,8 @@ One run, the same cases (`benchmarks/cases.json`), four ways:
 (c) spawn: processes spawned per case, the ranks' work alone (`--spawned` cases of the list);
 (d) multiproc: PyTorch's MultiProcContinuousTest with the same step function, no reference and no laws.
 
-`--json OUT` writes medians in seconds, `--png OUT` a bar chart. Ratios hold within one run. d/a compares whole runs, starts
-included, since neither harness is of use before it has started; a/b and c/a compare medians.
+`--json OUT` writes medians in seconds, `--png OUT` a bar chart. Ratios hold within one run. d/a compares whole runs,
+starts included, since neither harness is of use before it has started; a/b and c/a compare medians.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The floor of a case: the same PPO iteration inside ranks that stay up, nothing observed, nothing judged.
 
-Called in ranks by `benchmarks/bench.py`. Groups are made once per layout and models before the clock starts; what is timed
-is rollout, experience and updates alone, of a case and of its twin if it has one.
+Called in ranks by `benchmarks/bench.py`. Groups are made once per layout and models before the clock starts; what is
+timed is rollout, experience and updates alone, of a case and of its twin if it has one.
 """
 
 import time

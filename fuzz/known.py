@@ -6,9 +6,11 @@ stock megatron-core its example must break its law (`test_known_bugs_still_live`
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 
 from fuzz.case import Case, twin_of
+from toy_models.coordinates import groups
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
 SUPPORTED = ("0.16.1", "0.19.2")
@@ -27,13 +29,20 @@ class Known:
     example: Case
 
 
+@lru_cache(maxsize=1024)
+def _other_groups(layout: Layout) -> bool:
+    """Whether the ranks that share experts are others than those that share dense weights."""
+    return groups(layout, "etp") != groups(layout, "tp")
+
+
 KNOWN = (
     Known(
         id="expert-gradients-over-dense-dp",
         upstream="NVIDIA/Megatron-LM#5916, commit cd4afffa64",
         lives=("0.16.1",),
-        # With EP=1 the experts count as dense parameters; where ETP is not TP they live on other replicas.
-        covers=lambda case: case.layout.ep == 1 and case.layout.etp != case.layout.tp,
+        # With EP=1 the experts count as dense parameters; they live on other replicas where ETP is not TP, and where
+        # a rank order puts CP or DP before TP: the ranks of an ETP group are then not those of a TP group.
+        covers=lambda case: case.layout.ep == 1 and _other_groups(case.layout),
         law="gradients match the reference",
         mend="toy_models.planted.mends:expert_gradients_over_expert_dp",
         example=Case(layout=Layout(world=2, etp=2), batch=Batch(rows=2)),

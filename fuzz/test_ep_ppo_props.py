@@ -21,6 +21,7 @@ from fuzz.rows import Row, covering, threefold, with_layout
 from fuzz.space import all_layouts, first_in
 from fuzz.strategies import cases, rows
 from fuzz.trial import Trials
+from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
 Rehearse = Callable[[Case], None]
 Refuse = Callable[[Broken], None]
@@ -96,6 +97,27 @@ def test_broken_configurations_are_refused(refuse: Refuse, world: int, data: st.
 @settings(phases=[Phase.explicit])
 @given(cases())
 @example(Case())
+@example(  # with EP=1 a rank order makes other replicas of experts: Megatron-LM#5916 reaches further than ETP unlike TP
+    Case(
+        layout=Layout(world=4, tp=2, cp=2, etp=2, order="cp-tp-ep-dp-pp"),
+        model=MoEModel(heads=2, kv_heads=2),
+    )
+)
+@example(  # an all but certain policy: the entropy's gradient is what rounding leaves
+    Case(
+        layout=Layout(world=2, tp=2, etp=2),
+        model=MoEModel(
+            family="qwen2moe", experts=4, hidden=32, heads=8, kv_heads=4, ffn=8, shared_ffn=8, vocab=12, tied=True
+        ),
+        batch=Batch(rows=9, prompt=6, response=4, micro_rows=3, raggedness="ragged"),
+        ppo=PPO(
+            mini_batches=3, temperature=0.7, lam=0.0, kl_coef=0.1, value_clip=0.01, entropy_coef=1.0, optimizer="adam",
+            lr=0.09, critic_lr=0.009, weight_decay=0.1, eps=0.0001,
+        ),
+        switches=Switches(p2p="plain", deallocate=True, forward_sp=False),
+        seed=4616,
+    )
+)  # fmt: skip
 def test_pasted_cases(rehearse: Rehearse, case: Case) -> None:
     """Cases that once failed, and the smallest of all."""
     rehearse(case)

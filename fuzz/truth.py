@@ -30,17 +30,20 @@ def run(progress: Callable[[str], None], case: Case) -> dict[str, Any]:
 def movement(progress: Callable[[str], None], case: Case) -> dict[str, Any]:
     """Numbers `moved/KEY`: how far each tensor moves when everything moves by one unit in the last place.
 
-    The greatest of three: every weight moved up or down, the same turned around, and the reference itself computed in
+    The greatest of four: every weight moved up or down, the same turned around, the reference itself computed in
     float32 (for float64 scaled by the ratio of the units), which moves intermediate results too, so that it sees
-    cancellation that weights alone do not. Where gradients are clipped also of two with the clip coefficients moved by
-    float32's rounding, as megatron-core accumulates their norm in float32 in any precision: all alike, which moves SGD
-    most, and in turns, since Adam does not feel a factor common to all steps. The rollouts keep their tokens.
+    cancellation that weights alone do not, and the gradients of the actor's logits moved by the rounding of the softmax
+    (`reference_update.softmax_rounding`), which none of these moves where a policy is all but certain. Where gradients
+    are clipped also of two with the clip coefficients moved by float32's rounding, as megatron-core accumulates their
+    norm in float32 in any precision: all alike, which moves SGD most, and in turns, since Adam does not feel a factor
+    common to all steps. The rollouts keep their tokens.
     """
     progress("movement")
     base, ulp = _run(case), ULP[case.precision]
     tokens, mask = ([base["tensors"][f"{i}/{name}"] for i in _iterations(base)] for name in ("tokens", "mask"))
     runs = [(reference.run(case, sign * ulp, tokens, mask), 1.0) for sign in (1, -1)]
     runs.append((reference.run(case, 0.0, tokens, mask, dtype=torch.float32), ulp / ULP["float32"]))
+    runs.append((reference.run(case, 0.0, tokens, mask, logit_nudge=ulp), 1.0))
     for second in (ROUNDED, -ROUNDED) if case.ppo.max_norm else ():
         runs.append((reference.run(case, 0.0, tokens, mask, clip_nudges=(ROUNDED, second)), 1.0))
     gaps = [{key: gap * share for key, gap in _gaps(base, moved).items()} for moved, share in runs]

@@ -83,7 +83,7 @@ TABLE = {
     ),
     "fuzz.refusals": Row("fuzz.broken fuzz.case fuzz.known_refusals fuzz.laws.* fuzz.trial"),
     "fuzz.known_refusals": Row("fuzz.broken fuzz.case fuzz.known toy_models.spec"),
-    "fuzz.known": Row("fuzz.case toy_models.spec"),
+    "fuzz.known": Row("fuzz.case toy_models.coordinates toy_models.spec"),
     "fuzz.laws.*": LAWS,
     "fuzz.probe": Row("torch.* toy_models.megatron"),
     "fuzz.endings": Row("fuzz.case fuzz.pulse fuzz.rank fuzz.watch"),

@@ -225,3 +225,14 @@ def test_clip_coefficients_are_nudged_alike_or_in_turns() -> None:
 
     assert moved("sgd", 2**-24, 2**-24) > 1e-12
     assert moved("adam", 2**-24, -(2**-24)) > 30 * moved("adam", 2**-24, 2**-24)
+
+
+@pytest.mark.parametrize("nudges", [{"dtype": torch.float32}, {"logit_nudge": 2.0**-52}], ids=["float32", "softmax"])
+def test_rounding_moves_gradients_a_little(nudges: dict[str, Any]) -> None:
+    """A float32 run is one: it was not while its weights were converted inside `keep_float64`, which leaves them."""
+    seen = reference.run(make())["tensors"]
+    given = {"tokens": [seen["0/tokens"]], "mask": [seen["0/mask"]]}
+    name = "0/0/actor/grad/model.norm.weight"
+    moved = reference.run(make(), **given, **nudges)["tensors"][name]
+    assert moved.dtype is nudges.get("dtype", torch.float64)
+    assert 0 < float((moved.double() - seen[name]).abs().max()) < 1e-5

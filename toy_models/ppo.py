@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     vocab_parallel_cross_entropy,
@@ -197,15 +198,18 @@ def token_logp(batch: Rollout, logits_RCV: torch.Tensor, temperature: float) -> 
 
 
 def token_entropy(batch: Rollout, logits_RCV: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Entropies [R, T] of the sampling distributions from vocab-parallel logits, zero where masked."""
+    """Entropies [R, T] of the sampling distributions from vocab-parallel logits, zero where masked.
+
+    As a sum of -p·log p: log(total) - moment/total loses all digits where a policy is all but certain.
+    """
     scaled, tp = logits_RCV / temperature, batch.groups.tp
     top = scaled.detach().amax(-1)
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=tp)
     shifted = scaled - top[..., None]
-    weight = shifted.exp()
-    total = reduce_from_tensor_model_parallel_region(weight.sum(-1), tp)
-    moment = reduce_from_tensor_model_parallel_region((weight * shifted).sum(-1), tp)
-    return _at_states(batch, total.log() - moment / total)
+    total = reduce_from_tensor_model_parallel_region(shifted.exp().sum(-1), tp)
+    total = copy_to_tensor_model_parallel_region(total, tp)  # each rank goes on with its part of the vocabulary
+    logp = shifted - total.log()[..., None]
+    return _at_states(batch, -reduce_from_tensor_model_parallel_region((logp.exp() * logp).sum(-1), tp))
 
 
 def token_values(batch: Rollout, output_RC1: torch.Tensor) -> torch.Tensor:

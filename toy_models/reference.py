@@ -46,6 +46,7 @@ class Run:
     numbers: dict[str, float]
     facts: dict[str, Any]
     clip_nudges: tuple[float, float] = (0.0, 0.0)
+    logit_nudge: float = 0.0
 
 
 def run(
@@ -55,17 +56,19 @@ def run(
     mask: Sequence[torch.Tensor] | None = None,
     dtype: torch.dtype = torch.float64,
     clip_nudges: tuple[float, float] = (0.0, 0.0),
+    logit_nudge: float = 0.0,
 ) -> dict[str, dict[str, Any]]:
     """Run `case.program`; {"tensors", "numbers", "facts"} under the keys of `docs/ppo.md`.
 
     `nudge` multiplies every initial weight by 1 + nudge or 1 - nudge. `tokens` [R, P + J] and `mask` [R, J],
     one of each per iteration, force the rollouts, so that a nudged run keeps the tokens of the first.
     `dtype` float32 is for measuring rounding only. `clip_nudges` multiply clip coefficients by 1 + the first in a
-    model's even steps, by 1 + the second in its odd ones.
+    model's even steps, by 1 + the second in its odd ones. `logit_nudge` moves the gradients of the actor's logits, up
+    for even and down for odd tokens, by that share of what a softmax's backward pass subtracts from itself.
     """
-    with keep_float64():
+    with keep_float64(dtype == torch.float64):  # which would leave the weights of a float32 run float64
         now, experience, iteration = _start(case, nudge, dtype), None, -1
-        now.clip_nudges = clip_nudges
+        now.clip_nudges, now.logit_nudge = clip_nudges, logit_nudge
         for operation in case.program:
             name = type(operation).__name__
             if name == "Rollout":
@@ -204,7 +207,9 @@ def _actor_loss(
         f"{key}/approx_kl": (old_logp - logp)[kept].mean().item(),
         f"{key}/clip_fraction": (distance > ppo.clip_eps).double().mean().item(),
     }
-    return policy_loss - ppo.entropy_coef * entropy, update.smallest((distance - ppo.clip_eps).abs())
+    nudged = now.logit_nudge * update.softmax_rounding(ppo, logp_all[kept], advantages[kept])
+    loss = policy_loss - ppo.entropy_coef * entropy + nudged
+    return loss, update.smallest((distance - ppo.clip_eps).abs())
 
 
 def _critic_loss(

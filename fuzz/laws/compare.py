@@ -254,6 +254,8 @@ def _far(
     pieces = [(rank.tensors.get(f"{prefix}/{n}"), reference.tensors[f"{prefix}/{n}"][s]) for n, s in held.items()]
     if any(mine is None or mine.shape != truth.shape for mine, truth in pieces):
         return True
+    if not pieces:  # a stage of which nothing is judged: a head alone whose weight is tied, all frozen
+        return False
     mine = torch.cat([m.reshape(-1) for m, _ in pieces]).double()  # type: ignore[union-attr]
     truth = torch.cat([t.reshape(-1) for _, t in pieces])
     sizes = torch.tensor([t.numel() for _, t in pieces])

@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.tensor_parallel import layers, scatter_to_sequence_parallel_region
 from megatron.core.transformer import transformer_block, transformer_layer
 from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from toy_models.planted.rewrite import rewrite, rewrite_everywhere, wrap
@@ -32,20 +33,20 @@ def _after_init(owner: type, then: Callable[[Any], None]) -> None:
     owner.__init__ = init  # type: ignore[misc]
 
 
-def _reduce_apart(linear: Any) -> None:
-    config = linear.config
-    if linear.is_expert and config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
-        for parameter in linear.parameters():
-            parameter.allreduce = False
+def _reduce_apart(moe: Any) -> None:
+    members = dist.get_process_group_ranks
+    for linear in moe.experts.modules() if moe.config.expert_model_parallel_size == 1 else ():
+        if isinstance(linear, LINEARS) and members(linear.tp_group) != members(moe.tp_group):
+            for parameter in linear.parameters():
+                parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def expert_gradients_over_expert_dp() -> None:
-    """EP=1 with ETP unequal to TP: expert gradients are reduced over expert DP, not over dense DP.
+    """EP=1 with other ETP groups than TP groups: expert gradients are reduced over expert DP, not over dense DP.
 
-    NVIDIA/Megatron-LM#5916, commit cd4afffa64.
+    NVIDIA/Megatron-LM#5916, commit cd4afffa64, where ETP is unequal to TP; a rank order makes the groups differ too.
     """
-    for owner in LINEARS:
-        _after_init(owner, _reduce_apart)
+    _after_init(MoELayer, _reduce_apart)
 
 
 def _mark(parallel: Any) -> None:
