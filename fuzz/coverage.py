@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from fuzz.case import PRECISIONS, TWINS, Case
 from fuzz.space import DEGREES
+from toy_models import batching
 from toy_models.spec import DISPATCHERS, FAMILIES, FROZEN, GROUPS, MASKS, PIPES, RAGGEDNESS, SPLITS, Layout
 
 Meeting = tuple[str, ...]  # two or three words of different dimensions, such as ('tp=2', 'split=even')
@@ -92,6 +93,19 @@ def _optimizer(case: Case) -> str:
     return "sgd with momentum" if case.ppo.momentum else case.ppo.optimizer
 
 
+def _raggedness(case: Case) -> str:
+    """As it is, not as it is asked for: rows of one response token each are equally long."""
+    limits = batching.response_limits(case.batch, case.seed)
+    return case.batch.raggedness if len(set(limits)) > 1 else "equal"
+
+
+def _has_holes(case: Case) -> bool:
+    """Whether the environment puts any token: never the last one of a row."""
+    limits = enumerate(batching.response_limits(case.batch, case.seed))
+    places = ((row, position) for row, limit in limits for position in range(limit - 1))
+    return any(batching.forced_token(case.model, case.batch, case.seed, 0, *place) is not None for place in places)
+
+
 # A further option is one line here, and one among `meetings.RULES` where it cannot meet everything.
 DIMENSIONS: dict[str, Dimension] = {
     "tp": _degree("layout.tp"),
@@ -120,8 +134,8 @@ DIMENSIONS: dict[str, Dimension] = {
     "aux loss": _on("model.aux_loss"),
     "z loss": _on("model.z_loss"),
     "rows of a micro-batch": _many("batch.micro_rows"),
-    "raggedness": _one_of("batch.raggedness", RAGGEDNESS),
-    "holes": _on("batch.holes"),
+    "raggedness": Dimension(RAGGEDNESS, _raggedness),
+    "holes": _either("off", "on", _has_holes),
     "pad is eos": _on("batch.pad_is_eos"),
     "mini-batches": _many("ppo.mini_batches"),
     "epochs": _many("ppo.epochs"),
