@@ -6,7 +6,7 @@ Now and then fewer ranks are drawn, so that a failure can shrink below its world
 `@example(Case(...))` line above `test_pasted_cases`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import pytest
 from hypothesis import Phase, example, given, settings
@@ -17,15 +17,14 @@ from fuzz.broken import Broken
 from fuzz.broken_strategies import broken_configurations
 from fuzz.case import Case, Violation
 from fuzz.known import Known, living
-from fuzz.rows import Row, covering, threefold, with_layout
+from fuzz.rehearsal import Rehearse, rehearse_rows
+from fuzz.rows import covering, threefold, with_layout
 from fuzz.space import all_layouts, first_in
-from fuzz.strategies import cases, rows
+from fuzz.strategies import cases
 from fuzz.trial import Trials
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
-Rehearse = Callable[[Case], None]
 Refuse = Callable[[Broken], None]
-SIMPLER = 100  # cases at most in which a row's failure is looked for again, to be shrunk
 
 
 def test_covering_rows(rehearse: Rehearse, world: int) -> None:
@@ -41,31 +40,6 @@ def test_every_layout(rehearse: Rehearse, world: int, long: None) -> None:
 def test_three_at_a_time(rehearse: Rehearse, world: int, long: None) -> None:
     """Rows in which many three values meet that no covering row has."""
     rehearse_rows(rehearse, threefold(world))
-
-
-def rehearse_rows(rehearse: Rehearse, tried: Iterable[Row]) -> None:
-    """Each row as it is; from the first that fails Hypothesis goes on to what is simpler."""
-    for row in tried:
-        if violation := _violation(rehearse, row.case):
-            _simpler(rehearse, row)
-            raise violation
-
-
-def _violation(rehearse: Rehearse, case: Case) -> Violation | None:
-    try:
-        rehearse(case)
-    except Violation as violation:
-        return violation
-    return None
-
-
-def _simpler(rehearse: Rehearse, row: Row) -> None:
-    @settings(max_examples=SIMPLER, database=None, phases=[Phase.generate, Phase.shrink])
-    @given(rows(row.world, row.script))
-    def at_most(case: Case) -> None:
-        rehearse(case)
-
-    at_most()
 
 
 @given(st.data())

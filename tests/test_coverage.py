@@ -11,7 +11,7 @@ from fuzz.choices import Scripted
 from fuzz.rows import WORTH, covering, made, threefold, with_layout
 from fuzz.space import NAMED, all_layouts, first_in
 from fuzz.strategies import scripted
-from fuzz.test_ep_ppo_props import rehearse_rows
+from fuzz.rehearsal import rehearse_rows
 from fuzz.timebox import TimeBox, TimeUp
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
