@@ -1,9 +1,7 @@
 """pytest's side: options, Hypothesis profiles, warm pools, the search of each test, and how the end of a run looks."""
 
-import ast
 import contextlib
 import gc
-import importlib.util
 import os
 import signal
 import sys
@@ -20,7 +18,7 @@ import pytest
 from hypothesis import Phase, currently_in_test_context, event, settings
 from rich.console import Console
 
-from fuzz import forking, known, refusals, summary
+from fuzz import forking, known, plants, refusals, summary
 from fuzz.broken import Broken
 from fuzz.broken import size as size_of_broken
 from fuzz.case import Case, HarnessFault, Violation
@@ -70,7 +68,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="for all failures of one test together (default 60)",
     )
     group.addoption(
-        "--plant", action="append", default=[], metavar="MODULE:FUNCTION", help="a bug to plant in every rank"
+        "--plant",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="a bug to plant in every rank; or FILE.py:FUNCTION",
     )
 
 
@@ -93,22 +95,10 @@ def _wrong_options(config: pytest.Config) -> Iterator[str]:
     if (profile := config.getoption("--hypothesis-profile")) not in (None, "", "default", *_PROFILES):
         yield f"--hypothesis-profile={profile} must be one of {', '.join(_PROFILES)}"
     for plant in config.getoption("plant"):
-        module, _, function = plant.rpartition(":")
-        if function not in _functions(module):
-            yield f"--plant {plant} must be MODULE:FUNCTION, with a module that can be imported and a function in it"
-
-
-def _functions(module: str) -> list[str]:
-    """What a module has at its top level; it is read, not run, since it may import megatron-core."""
-    try:
-        found = importlib.util.find_spec(module) if module else None
-        source = Path(found.origin).read_text() if found and found.origin else ""
-        body = ast.parse(source).body
-        imported = [alias for each in body if isinstance(each, ast.ImportFrom) for alias in each.names]
-        made = [each.name for each in body if isinstance(each, ast.FunctionDef)]
-        return [*made, *(alias.asname or alias.name for alias in imported)]
-    except (ImportError, OSError, SyntaxError, ValueError):
-        return []
+        try:
+            plants.resolved(plant)
+        except ValueError as error:
+            yield f"--plant {error}"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -165,7 +155,7 @@ def _trials(config: pytest.Config, mends: tuple[str, ...]) -> Iterator[Trials]:
     forking.warm_up()
     gc.collect()
     gc.freeze()  # what is imported stays: a collection that looks at all of torch takes long
-    trials = Trials(plants=(*mends, *config.getoption("plant")))
+    trials = Trials(plants=(*mends, *map(plants.resolved, config.getoption("plant"))))
     yield trials
     trials.close()
 

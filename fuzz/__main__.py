@@ -49,9 +49,10 @@ def _replay_options(replay: argparse.ArgumentParser) -> None:
 
 
 def _plant(text: str) -> str:
-    if not all(text.rpartition(":")[::2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not MODULE:FUNCTION")
-    return text
+    try:
+        return plants.resolved(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _replay(options: argparse.Namespace) -> int:

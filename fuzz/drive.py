@@ -23,6 +23,7 @@ from megatron.core.transformer.moe import moe_utils
 
 from fuzz import cpu_platform, group, messages, probe, pulse, recorder
 from fuzz.case import Case, Rollout, Update
+from fuzz.plants import load
 from toy_models import megatron, ppo, precision
 from toy_models.megatron import Role
 from toy_models.spec import Layout
@@ -40,12 +41,19 @@ def start(rank: int, world: int, store_path: str, plants: tuple[str, ...] = ()) 
         group.connect(rank, world, Path(store_path).parent)
         backend = group.BACKEND
     for plant in plants:
-        module, function = plant.rsplit(":", 1)
-        getattr(importlib.import_module(module), function)()
+        _plant(plant)
     if pulse.own is not None:
         recorder.apply(pulse.own)
     store = dist.FileStore(store_path, world)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
+
+
+def _plant(plant: str) -> None:
+    """RuntimeError that names the plant where it does not find what it patches, or cannot be loaded."""
+    try:
+        load(plant)()
+    except Exception as error:
+        raise RuntimeError(f"{plant} could not be planted: {type(error).__name__}: {error}") from error
 
 
 # ---- process groups, kept per layout ---------------------------------------------------------------------------

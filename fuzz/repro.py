@@ -197,11 +197,18 @@ def _wrapped(text: str, most: int = 3) -> list[str]:
 
 def _with(body: str, plants: tuple[str, ...]) -> str:
     """The script with what is planted: imported, and called in each rank before process groups exist."""
-    named = [plant.split(":") for plant in plants]
-    imports = "".join(f"from {module} import {name}  # planted on purpose\n" for module, name in named)
+    named = [plant.rsplit(":", 1) for plant in plants]
+    imports = "".join(_import(module, name) for module, name in named)
     calls = "".join(f"    {name}()\n" for _, name in named)
     body = body.replace("\nWORLD, ", f"{imports}\nWORLD, ", 1)
     return body.replace("    dist.init_process_group(", f"{calls}    dist.init_process_group(", 1)
+
+
+def _import(where: str, name: str) -> str:
+    """Of a function that is planted; a file is found by its folder."""
+    path = f'import sys\n\nsys.path.append("{Path(where).parent}")\n' if where.endswith(".py") else ""
+    module = Path(where).stem if path else where
+    return f"{path}from {module} import {name}  # planted on purpose\n"
 
 
 def _literal(case: Case) -> str:
