@@ -1,10 +1,14 @@
 """The command line, `python -m fuzz COMMAND`: options and exit codes. A command's module is imported when asked for."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from fuzz import plants
 
 INTERRUPTED, CLOSED = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: as shells count
 PATHS = "a case file, the folder of a failure (its case.json), or a folder with such files and folders below it"
@@ -21,10 +25,27 @@ Exit code: 0 all hold, 1 any violated, 2 any invalid or inconclusive, wrong usag
 SHOW = "Prints each case as a table, its ranks' coordinates and groups, and the line to paste. Runs nothing."
 
 
+RECALL = """Would the suite have caught this bug? Each bug is planted in every rank and searched for as in any run: the
+covering rows, then drawn cases, with fixed seeds. Found is what breaks a law with the bug and holds without it. What is
+found is shrunk; then as many cases run without any bug, and must break nothing. Writes .fuzz/recall.md and recall.png.
+
+Exit code: 0 all found and no false alarm, 1 one not found or a false alarm, 2 a bug that could not be planted, or wrong
+usage."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fuzz", description="Cases of ep-ppo-fuzz, one at a time.")
+    parser = _Parser(prog="python -m fuzz", description="Cases of ep-ppo-fuzz one at a time, and bugs to be found.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     raw = argparse.RawDescriptionHelpFormatter
+    recall = commands.add_parser("recall", help="find planted bugs", description=RECALL, formatter_class=raw)
+    _recall_options(recall)
     replay = commands.add_parser("replay", help="judge case files again", description=REPLAY, formatter_class=raw)
     show = commands.add_parser("show", help="show a case and where its ranks sit", description=SHOW)
     _replay_options(replay)
@@ -48,6 +69,32 @@ def _replay_options(replay: argparse.ArgumentParser) -> None:
     replay.add_argument("--plant", action="append", default=[], type=_plant, metavar="MODULE:FUNCTION", help=plant)
 
 
+def _recall_options(recall: argparse.ArgumentParser) -> None:
+    files = "bugs of your own: every top-level function of the file that does not begin with _; else all of the package"
+    recall.add_argument("files", nargs="*", metavar="FILE.py", help=files)
+    bugs = "only these, by id or name, with commas between them"
+    recall.add_argument("--bugs", default="", metavar="A,B", help=bugs)
+    for name, said in {"--seconds-per-bug": "of search", "--shrink-seconds": "of shrinking what was found"}.items():
+        recall.add_argument(name, type=_seconds, default=60.0, metavar="S", help=f"{said} (default 60)")
+    recall.add_argument("--jobs", type=_jobs, default=1, metavar="N", help="bugs at once (default 1)")
+    recall.add_argument("--json", default="", metavar="OUT", help="a file for the results as JSON")
+    recall.add_argument("--any-version", action="store_true", help="go on with an unsupported megatron-core")
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= (seconds := float(text)) < float("inf"):
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text} must be a number of seconds, 0 or more")
+
+
+def _jobs(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if (jobs := int(text)) >= 1:
+            return jobs
+    raise argparse.ArgumentTypeError(f"{text} must be an integer, 1 or more")
+
+
 def _plant(text: str) -> str:
     try:
         return plants.resolved(text)
@@ -55,13 +102,34 @@ def _plant(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _replay(options: argparse.Namespace) -> int:
-    from fuzz import known, replay
+def _unsupported(options: argparse.Namespace) -> str:
+    """What ends a command for the megatron-core that is installed; a warning where it goes on all the same."""
+    from fuzz import known
 
-    if wrong := known.unsupported():
-        if not options.any_version:
-            return _refuse(wrong)
+    wrong = known.unsupported()
+    if wrong and options.any_version:
         print(f"WARNING: {wrong.partition(';')[0]}", file=sys.stderr)
+    return "" if options.any_version else wrong
+
+
+def _recall(options: argparse.Namespace) -> int:
+    from fuzz import recall
+
+    if wrong := _unsupported(options):
+        return _refuse(wrong)
+    bugs = tuple(filter(None, (name.strip() for name in options.bugs.split(","))))
+    numbers = {"seconds": options.seconds_per_bug, "shrink_seconds": options.shrink_seconds, "jobs": options.jobs}
+    try:
+        return recall.run(recall.Asked(files=tuple(options.files), bugs=bugs, json=options.json, **numbers))
+    except ValueError as error:
+        return _refuse(str(error))
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from fuzz import replay
+
+    if wrong := _unsupported(options):
+        return _refuse(wrong)
     names = ("no_known", "keep_going", "json", "verbose")
     try:
         law = replay.law_named(options.law) if options.law else ""
@@ -91,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     options = parser.parse_args(given)
     try:
-        return {"replay": _replay, "show": _show}[options.command](options)
+        return {"recall": _recall, "replay": _replay, "show": _show}[options.command](options)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough; what is left in the buffer must not raise at exit

@@ -1,4 +1,4 @@
-"""The search for one planted bug, as the suite would make it: the covering rows, then the properties, until it is found.
+"""The search for one planted bug, as the suite would make it: covering rows, then properties, until it is found.
 
 Nothing is chosen for the bug: rows and cases are those of every run, worlds in turn, with fixed seeds and no database.
 Found means that a case breaks a law with the bug planted and holds without it. Knows Hypothesis and trials; no files.
@@ -6,7 +6,7 @@ Found means that a case breaks a law with the bug planted and holds without it. 
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fuzz.case import Case, HarnessFault, Violation
 from fuzz.order import size
+from fuzz.progress import layout_of
 from fuzz.rehearsal import Rehearse, rehearse_rows
 from fuzz.rows import Row, covering
 from fuzz.space import PROPERTIES, worlds
@@ -56,19 +57,27 @@ class Recalled:
     def found(self) -> bool:
         return self.minimal is not None
 
+    def told(self) -> str:
+        """In half a line."""
+        if self.fault:
+            return self.fault
+        tried = f"{self.seconds:.1f} s, {self.cases} cases"
+        shrunk = f", shrunk to {layout_of(self.minimal)} in {self.shrink_seconds:.1f} s" if self.minimal else ""
+        return f"{self.law or 'not found'} ({tried}{shrunk})"
+
 
 # ---- what is tried ---------------------------------------------------------------------------------------------
 
 
-def rows_in_turn() -> Iterator[Row]:
+def rows_in_turn() -> tuple[Row, ...]:
     """The covering rows of all worlds, one of each world in turn: no bug has to wait until smaller worlds are done."""
     every = itertools.zip_longest(*(covering(world) for world in worlds(RANKS)))
-    return (row for turn in every for row in turn if row is not None)
+    return tuple(row for turn in every for row in turn if row is not None)
 
 
-def search(rehearse: Rehearse) -> None:
+def search(rehearse: Rehearse, rows: Iterable[Row]) -> None:
     """The rows, then a chunk of each property in turn, for ever; ends by what `rehearse` raises."""
-    rehearse_rows(rehearse, rows_in_turn(), **QUIET)
+    rehearse_rows(rehearse, rows, **QUIET)
     sizes = [world for world in PROPERTIES if world <= RANKS]
     for number, (pins, world) in enumerate(itertools.cycle(itertools.product(PINS, reversed(sizes)))):
         _chunk(rehearse, number, cases(mostly=world, **pins))  # type: ignore[arg-type]
@@ -93,6 +102,7 @@ class Hunt:
 
     planted: Trials
     healthy: Trials
+    rows: tuple[Row, ...]
     seconds: float
     shrink_seconds: float
     progress: Callable[[int], None] = lambda cases: None
@@ -104,7 +114,7 @@ class Hunt:
         self._began, self._found = time.monotonic(), 0.0
         box = TimeBox(self.shrink_seconds, lambda failure: None)
         with suppress(Violation, ExceptionGroup, TimeUp):
-            search(lambda case: box.run(case, self._judge))
+            search(lambda case: box.run(case, self._judge), self.rows)
         ended = time.monotonic()
         seen = Recalled(id=id, seconds=ended - self._began, cases=self.cases, alarms=tuple(self.alarms))
         if not self._found:
@@ -151,7 +161,9 @@ def told(violation: Violation) -> str:
     return f"{violation.law}: {violation.case!r}"
 
 
-def control(healthy: Trials, number: int, progress: Callable[[int], None]) -> tuple[int, list[str]]:
+def control(
+    healthy: Trials, rows: tuple[Row, ...], number: int, progress: Callable[[int], None]
+) -> tuple[int, list[str]]:
     """How many cases of the same search ran without a bug, `number` of them, and what was violated all the same."""
     seen: set[Case] = set()
     alarms: list[str] = []
@@ -167,5 +179,5 @@ def control(healthy: Trials, number: int, progress: Callable[[int], None]) -> tu
         progress(len(seen))
 
     with suppress(TimeUp):
-        search(rehearse)
+        search(rehearse, rows)
     return len(seen), alarms

@@ -1,4 +1,4 @@
-"""What can be planted in every rank: a function of a module, `MODULE:FUNCTION`, or of a file, `path/to/file.py:FUNCTION`.
+"""What can be planted in every rank: a function of a module, `MODULE:FUNCTION`, or of a file, `FILE.py:FUNCTION`.
 
 Sources are read here, and run inside the ranks only, since they import megatron-core. Knows files and names; the
 standard library alone.

@@ -199,14 +199,14 @@ class Replay:
     def _judge(self, case: Case, mends: tuple[str, ...]) -> "Verdict":
         if mends not in self._trials:
             if not self._trials:
-                _start()
+                start()
             from fuzz.trial import Trials
 
             self._trials[mends] = Trials(plants=(*mends, *self.asked.plants))
         return self._trials[mends].judge(case)
 
 
-def _start() -> None:
+def start() -> None:
     """Begin the fork server and import what judges, undisturbed by Ctrl-C, which is heeded at the end.
 
     The fork server ignores it once it has imported, and so must from its first moment; torch's import aborts on it.

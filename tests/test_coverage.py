@@ -8,10 +8,10 @@ import pytest
 from fuzz import coverage, meetings
 from fuzz.case import Case, Violation
 from fuzz.choices import Scripted
+from fuzz.rehearsal import rehearse_rows
 from fuzz.rows import WORTH, covering, made, threefold, with_layout
 from fuzz.space import NAMED, all_layouts, first_in
 from fuzz.strategies import scripted
-from fuzz.rehearsal import rehearse_rows
 from fuzz.timebox import TimeBox, TimeUp
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
