@@ -1,11 +1,14 @@
 """For every planted bug a small case that shows it, and the law that must be the first to be broken. Plain data."""
 
+from dataclasses import replace
+
 from fuzz.case import Case
 from fuzz.laws import Law, advantages, dispatch, forward, liveness, state, twins, updates
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
 EP = Layout(world=2, ep=2)
 DP = Layout(world=2)
+PP = Layout(world=2, pp=2)
 TP = Layout(world=2, tp=2, etp=2)
 GATHER = Switches(dispatcher="allgather")
 HEADS = MoEModel(heads=2, kv_heads=2)
@@ -195,6 +198,30 @@ PLANTED: dict[str, tuple[Case, Law]] = {
         liveness.collectives_run_in_lock_step,
     ),
     "liveness:first_rank_alone_reduces": (Case(layout=DP, batch=ROWS), liveness.collectives_run_in_lock_step),
+    "liveness:experts_without_tokens_leave_the_graph": (
+        Case(layout=EP, model=MoEModel(skew=10.0), batch=ROWS),
+        liveness.collectives_run_in_lock_step,
+    ),
+    "liveness:norm_of_starved_experts_not_reduced": (
+        Case(layout=EP, batch=ROWS),
+        liveness.collectives_run_in_lock_step,
+    ),
+    "liveness:stages_disagree_about_the_optimizer_of_experts": (
+        Case(layout=Layout(world=4, ep=2, pp=2), model=MoEModel(layers=2, dense=(0,), dense_ffn=2), batch=ROWS),
+        liveness.collectives_run_in_lock_step,
+    ),
+    "liveness:critic_shares_its_embeddings": (
+        Case(layout=PP, model=MoEModel(layers=2)),
+        liveness.collectives_run_in_lock_step,
+    ),
+    "liveness:balance_log_as_long_as_the_own_stage": (
+        Case(layout=PP, model=MoEModel(layers=2, dense=(0,), dense_ffn=2)),
+        liveness.collectives_run_in_lock_step,
+    ),
+    "liveness:stage_without_layers_raises": (
+        Case(layout=replace(PP, split="list", stages=(0, 1))),
+        liveness.every_rank_finishes,
+    ),
     "liveness:starved_expert_raises": (Case(), liveness.every_rank_finishes),
     "liveness:sent_tensors_are_reused": (
         Case(layout=Layout(world=2, pp=2), model=MoEModel(layers=2), batch=ROWS),
