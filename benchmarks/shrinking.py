@@ -161,7 +161,7 @@ def verdict(trials: Trials, bug: str, shrunk: Shrunk, number: int) -> str:
     here, said = shrunk.smallest.violation.case.layout, documented(bug)
     if wrong := smaller_neighbour(trials, shrunk.smallest) or smaller_layout(trials, shrunk.smallest, number):
         return wrong
-    return "minimal" if here == said else f"{short(here)} instead of {short(said)}"
+    return "minimal" if short(here) == short(said) else f"{short(here)} instead of {short(said)}"
 
 
 def row(bug: str, shrunk: Shrunk, said: str) -> tuple[str, ...]:

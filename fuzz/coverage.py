@@ -89,6 +89,12 @@ def _etp(case: Case) -> str:
     return "1" if layout.etp == 1 else "tp" if layout.etp == layout.tp else "other"
 
 
+def _experts_cut(case: Any) -> str:
+    """EP and ETP together are a path of their own through the dispatchers, which pairs of degrees do not aim at."""
+    both = case.layout.ep > 1, case.layout.etp > 1
+    return {(False, False): "no", (True, False): "ep", (False, True): "etp", (True, True): "both"}[both]
+
+
 def _optimizer(case: Case) -> str:
     return "sgd with momentum" if case.ppo.momentum else case.ppo.optimizer
 
@@ -113,6 +119,7 @@ DIMENSIONS: dict[str, Dimension] = {
     "cp": _degree("layout.cp"),
     "ep": _degree("layout.ep"),
     "etp": _degree("layout.etp"),
+    "experts cut": Dimension(("no", "ep", "etp", "both"), _experts_cut),
     "dp": _many("layout.dp"),
     "edp": _many("layout.edp"),
     "vpp": _many("layout.vpp"),
@@ -126,6 +133,7 @@ DIMENSIONS: dict[str, Dimension] = {
     "group": _on("switches.group"),
     "family": _one_of("model.family", FAMILIES),
     "experts": _either("power of two", "other", lambda case: not power_of_two(case.model.experts)),
+    "local experts": _either("one", "several", lambda case: case.model.experts > case.layout.ep),
     "top-k": Dimension(("1", "some", "all"), _top_k),
     "gates": _either("plain", "normalised", lambda case: case.model.norm_topk_prob),
     "query groups": _either("many", "fewer than tp", lambda case: case.model.kv_heads < case.layout.tp),
@@ -134,6 +142,7 @@ DIMENSIONS: dict[str, Dimension] = {
     "aux loss": _on("model.aux_loss"),
     "z loss": _on("model.z_loss"),
     "rows of a micro-batch": _many("batch.micro_rows"),
+    "response": _many("batch.response"),
     "raggedness": Dimension(RAGGEDNESS, _raggedness),
     "holes": _either("off", "on", _has_holes),
     "pad is eos": _on("batch.pad_is_eos"),
@@ -170,7 +179,7 @@ AIMED = (
     "mini-batches", "whiten", "holes", "raggedness", "padding mask",
 )  # fmt: skip
 ALL = DIMENSIONS | FOLDS
-LAYOUT = ("tp", "pp", "cp", "ep", "etp", "dp", "edp", *FOLDS)  # what the degrees alone decide
+LAYOUT = ("tp", "pp", "cp", "ep", "etp", "experts cut", "dp", "edp", *FOLDS)  # what the degrees alone decide
 
 
 def words(case: Any, names: Iterable[str]) -> dict[str, str]:

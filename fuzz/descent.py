@@ -50,14 +50,16 @@ def _first(tried: Iterator[Case], fails: Callable[[Case], bool | None]) -> Case 
 
 
 def _elsewhere(first: Case, here: Case) -> Iterator[Case]:
-    """On every simpler layout, the simplest first: what was reached; then the same with as many rows in all; then what
-    it began with. Where what is small holds, what is large may fail.
+    """On every simpler layout, the simplest first: what was reached; then the same with as many rows in all, or as many
+    experts on each rank; then what it began with, and other seeds. Where what is small holds, what is large may fail.
     """
     layouts = list(_simpler(here))
     of = {layout: {name: getattr(layout, name) for name in PLACES} for layout in layouts}
     tried = [fitted(here, **of[layout]) for layout in layouts]
     tried += [fitted(here, **of[layout], micro_batches=_all_rows(here, layout)) for layout in layouts]
+    tried += [fitted(here, **of[layout], experts=_all_experts(here, layout)) for layout in layouts]
     tried += [fitted(first, **of[layout]) for layout in layouts]
+    tried += [fitted(here, **of[layout], seed=here.seed + more) for layout in layouts for more in (1, 2)]
     yield from (other for other in dict.fromkeys(tried) if other is not None and _place(other) < _place(here))
 
 
@@ -72,6 +74,11 @@ def _simpler(case: Case) -> Iterator[Layout]:
 def _all_rows(case: Case, layout: Layout) -> int:
     """In how many micro-batches a replica of this layout takes the rows of a case."""
     return max(1, case.batch.rows // (case.ppo.mini_batches * case.batch.micro_rows * layout.dp))
+
+
+def _all_experts(case: Case, layout: Layout) -> int:
+    """How many experts there are where each rank of this layout has as many as in a case."""
+    return case.model.experts // case.layout.ep * layout.ep
 
 
 def _place(case: Case) -> tuple:

@@ -70,9 +70,10 @@ class Recalled:
 
 
 def rows_in_turn() -> tuple[Row, ...]:
-    """The covering rows of all worlds, one of each world in turn: no bug has to wait until smaller worlds are done."""
-    every = itertools.zip_longest(*(covering(world) for world in worlds(RANKS)))
-    return tuple(row for turn in every for row in turn if row is not None)
+    """The covering rows of all worlds, mixed evenly: no bug has to wait until smaller worlds are done."""
+    lists = [covering(world) for world in worlds(RANKS)]
+    placed = [((at + 0.5) / len(some), n, row) for n, some in enumerate(lists) for at, row in enumerate(some)]
+    return tuple(row for *_, row in sorted(placed, key=lambda each: each[:2]))
 
 
 def search(rehearse: Rehearse, rows: Iterable[Row]) -> None:

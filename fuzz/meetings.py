@@ -47,6 +47,11 @@ def _number(number: str, against: str, pp: str) -> bool:
     return against == "more" or number == "power of two" or int(pp) > 3
 
 
+def _one_each(local: str, experts: str, ep: str) -> bool:
+    """With one expert on each rank there are as many as ranks that share them."""
+    return local == "several" or (experts == "power of two") == power_of_two(int(ep))
+
+
 RULES: tuple[Rule, ...] = (
     (("vpp", "pp"), lambda vpp, pp: vpp == "1" or pp != "1"),
     (("split", "pp"), lambda split, pp: split == "even" or pp != "1"),
@@ -59,6 +64,11 @@ RULES: tuple[Rule, ...] = (
     (("gates", "top-k"), lambda gates, top_k: gates == "plain" or top_k != "1"),
     (("query groups", "tp"), lambda groups, tp: groups == "many" or tp != "1"),
     (("experts", "ep"), lambda experts, ep: experts == "other" or power_of_two(int(ep))),
+    (("local experts", "ep"), lambda local, ep: local == "several" or ep != "1"),
+    (("local experts", "experts", "ep"), _one_each),
+    (("local experts", "top-k", "ep"), lambda local, top_k, ep: (local, top_k, ep) != ("one", "some", "2")),
+    (("response", "raggedness"), lambda response, raggedness: response != "1" or raggedness == "equal"),
+    (("response", "holes"), lambda response, holes: response != "1" or holes == "off"),
     (("micro-batches to pp", "pp"), lambda against, pp: against != "fewer" or pp != "1"),
     (("micro-batches to pp", "vpp"), lambda against, vpp: against != "fewer" or vpp == "1"),
     (("micro-batches", "micro-batches to pp", "pp"), _number),

@@ -7,6 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from fuzz.case import Case
 from fuzz.timebox import TimeBox
+from toy_models.spec import Layout
 
 EVERY = 20.0  # seconds between two plain lines
 
@@ -59,6 +60,10 @@ def _said(box: TimeBox) -> str:
 
 def layout_of(case: Case) -> str:
     """Ranks and degrees above one."""
-    layout = case.layout
+    return in_words(case.layout)
+
+
+def in_words(layout: Layout) -> str:
+    """Ranks and degrees above one."""
     degrees = [f"{n.upper()}={getattr(layout, n)}" for n in ("tp", "ep", "etp", "cp", "pp") if getattr(layout, n) > 1]
     return " ".join([f"{layout.world} rank{'s' * (layout.world > 1)}", *degrees])

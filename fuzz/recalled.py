@@ -19,7 +19,8 @@ from fuzz.case import Case
 from fuzz.case_json import to_json
 from fuzz.folders import write as write_whole
 from fuzz.plants import Plant
-from fuzz.progress import layout_of
+from fuzz.progress import in_words, layout_of
+from fuzz.space import NAMED
 from toy_models.spec import Layout
 
 if TYPE_CHECKING:
@@ -79,7 +80,11 @@ def is_minimal(bug: Plant, one: "Recalled") -> str:
     said = minimal_layout(bug)
     if one.minimal is None or said is None:
         return ""
-    return "yes" if one.minimal.layout == said else f"no: {layout_of(Case(layout=said))}"
+    return "yes" if _degrees(one.minimal.layout) == _degrees(said) else f"no: {in_words(said)}"
+
+
+def _degrees(layout: Layout) -> tuple[int, ...]:
+    return tuple(getattr(layout, name) for name in ("world", *NAMED))
 
 
 def size_of(case: Case) -> str:
