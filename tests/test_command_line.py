@@ -10,6 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from fuzz import plants
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -37,7 +39,7 @@ def lines(text: str) -> list[str]:
 # ---- bad input -------------------------------------------------------------------------------------------------
 
 
-PLANT = "must be MODULE:FUNCTION, with a module that can be imported and a function in it"
+PLANT = plants.FORM
 
 
 @pytest.mark.parametrize(

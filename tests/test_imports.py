@@ -42,13 +42,28 @@ SYSTEM = Row(
 PARENT = Row(
     "torch.* hypothesis.* pytest rich.* fuzz.case fuzz.case_json fuzz.strategies fuzz.forking fuzz.ranks fuzz.laws.* "
     "fuzz.broken fuzz.broken_strategies fuzz.known_refusals fuzz.refusals fuzz.timebox "
-    "fuzz.known fuzz.rows fuzz.space fuzz.trial fuzz.summary fuzz.search toy_models.spec toy_models.weights"
+    "fuzz.known fuzz.plants fuzz.rehearsal fuzz.rows fuzz.space fuzz.trial fuzz.summary fuzz.search toy_models.spec "
+    "toy_models.weights"
 )
 TABLE = {
     "conftest": PARENT,
     "fuzz": Row(),
     "fuzz.case": Row("toy_models.spec", types="torch fuzz.lockstep"),
-    "fuzz.__main__": Row("fuzz.known fuzz.replay fuzz.show"),
+    "fuzz.__main__": Row("fuzz.known fuzz.plants fuzz.recall fuzz.replay fuzz.show"),
+    "fuzz.plants": Row(),
+    "fuzz.rehearsal": Row("hypothesis.* fuzz.case fuzz.rows fuzz.strategies"),
+    "fuzz.hunt": Row(
+        "hypothesis.* fuzz.case fuzz.order fuzz.progress fuzz.rehearsal fuzz.rows fuzz.space fuzz.strategies "
+        "fuzz.timebox fuzz.trial"
+    ),
+    "fuzz.recall": Row(
+        "rich.* fuzz.case fuzz.known fuzz.plants fuzz.recalled fuzz.replay fuzz.hunt fuzz.trial", types="fuzz.rows"
+    ),
+    "fuzz.recalled": Row(
+        "rich.* matplotlib.* fuzz.case fuzz.case_json fuzz.folders fuzz.plants fuzz.progress fuzz.space "
+        "toy_models.spec",
+        types="fuzz.hunt",
+    ),
     "fuzz.case_files": Row("fuzz.case fuzz.case_json"),
     "fuzz.case_json": Row("fuzz.case fuzz.memory toy_models.spec"),
     "fuzz.memory": Row("fuzz.case toy_models.batching toy_models.spec"),
@@ -57,8 +72,8 @@ TABLE = {
     "fuzz.messages": Row("torch.*"),
     "fuzz.group": Row("torch.* torch.distributed.* fuzz.messages fuzz.wire"),
     "fuzz.drive": Row(
-        "torch.* torch.distributed.* megatron.core.* fuzz.case fuzz.cpu_platform fuzz.group fuzz.messages fuzz.probe "
-        "fuzz.pulse fuzz.recorder "
+        "torch.* torch.distributed.* megatron.core.* fuzz.case fuzz.cpu_platform fuzz.group fuzz.messages fuzz.plants "
+        "fuzz.probe fuzz.pulse fuzz.recorder "
         "toy_models.spec toy_models.weights toy_models.precision toy_models.megatron toy_models.ppo"
     ),
     "fuzz.trace": Row(
@@ -102,7 +117,7 @@ TABLE = {
         "fuzz.case fuzz.divergence fuzz.folders fuzz.heatmap fuzz.known fuzz.neighbourhood fuzz.report fuzz.repro "
         "fuzz.timebox fuzz.trial"
     ),
-    "fuzz.progress": Row("rich.* fuzz.case fuzz.timebox"),
+    "fuzz.progress": Row("rich.* fuzz.case fuzz.timebox toy_models.spec"),
     "fuzz.report": Row("fuzz.case fuzz.laws"),
     "fuzz.commands": Row(),
     "fuzz.repro": Row("fuzz.case fuzz.commands toy_models.spec"),
@@ -119,7 +134,7 @@ TABLE = {
     "fuzz.descent": Row("fuzz.case fuzz.neighbours fuzz.order fuzz.space toy_models.spec"),
     "fuzz.neighbourhood": Row("fuzz.case fuzz.neighbours fuzz.order"),
     "fuzz.choices": Row("hypothesis.*"),
-    "fuzz.coverage": Row("fuzz.case fuzz.space toy_models.spec"),
+    "fuzz.coverage": Row("fuzz.case fuzz.space toy_models.batching toy_models.spec"),
     "fuzz.meetings": Row("fuzz.coverage fuzz.space"),
     "fuzz.rows": Row("fuzz.case fuzz.choices fuzz.coverage fuzz.meetings fuzz.space fuzz.strategies toy_models.spec"),
     "fuzz.strategies": Row("hypothesis.* fuzz.case fuzz.choices fuzz.space toy_models.spec"),

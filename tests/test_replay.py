@@ -172,8 +172,8 @@ def test_a_case_that_this_machine_cannot_hold(
     ("arguments", "said"),
     [
         (["--law", "gradient match"], "no law is called 'gradient match'; the closest are: gradients match the ref"),
-        (["--plant", "tests"], "'tests' is not MODULE:FUNCTION"),
-        (["--plant", "tests.nowhere:bug"], "harness fault: rank 0: could not call fuzz.drive:start: ModuleNotFound"),
+        (["--plant", "tests"], "tests must be MODULE:FUNCTION or FILE.py:FUNCTION"),
+        (["--plant", "tests.nowhere:bug"], "tests.nowhere:bug must be MODULE:FUNCTION or FILE.py:FUNCTION"),
         (["--laws"], "unrecognized arguments: --laws"),
     ],
 )
