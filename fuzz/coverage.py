@@ -112,6 +112,9 @@ def _has_holes(case: Case) -> bool:
     return any(batching.forced_token(case.model, case.batch, case.seed, 0, *place) is not None for place in places)
 
 
+# What a dispatcher does depends on both ways of cutting experts at once.
+PATHS = tuple(f"{dispatcher} {cut}" for dispatcher in DISPATCHERS for cut in ("no", "ep", "etp", "both"))
+
 # A further option is one line here, and one among `meetings.RULES` where it cannot meet everything.
 DIMENSIONS: dict[str, Dimension] = {
     "tp": _degree("layout.tp"),
@@ -156,6 +159,7 @@ DIMENSIONS: dict[str, Dimension] = {
     "weight decay": _on("ppo.weight_decay"),
     "frozen": _one_of("ppo.frozen", FROZEN),
     "dispatcher": _one_of("switches.dispatcher", DISPATCHERS),
+    "path": Dimension(PATHS, lambda case: f"{case.switches.dispatcher} {_experts_cut(case)}"),
     "process groups": _one_of("switches.groups", GROUPS),
     "initialization": _on("switches.perform_initialization"),
     "deallocate": _on("switches.deallocate"),

@@ -64,6 +64,8 @@ RULES: tuple[Rule, ...] = (
     (("gates", "top-k"), lambda gates, top_k: gates == "plain" or top_k != "1"),
     (("query groups", "tp"), lambda groups, tp: groups == "many" or tp != "1"),
     (("experts", "ep"), lambda experts, ep: experts == "other" or power_of_two(int(ep))),
+    (("path", "dispatcher"), lambda path, dispatcher: path.startswith(f"{dispatcher} ")),
+    (("path", "experts cut"), lambda path, cut: path.endswith(f" {cut}")),
     (("local experts", "ep"), lambda local, ep: local == "several" or ep != "1"),
     (("local experts", "experts", "ep"), _one_each),
     (("local experts", "top-k", "ep"), lambda local, top_k, ep: (local, top_k, ep) != ("one", "some", "2")),
