@@ -4,7 +4,7 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: fuzz test test-all lint clean
+.PHONY: fuzz test test-all recall lint clean
 
 fuzz: $(VENV)/.installed  ## generated PPO cases on megatron-core, judged by laws (within 5 minutes on 2 cores)
 	$(BIN)/pytest fuzz/ $(ARGS)
@@ -14,6 +14,9 @@ test: $(VENV)/.installed  ## the tests of the fuzzer itself (within 10 minutes o
 
 test-all: $(VENV)/.installed
 	$(BIN)/pytest tests/ $(ARGS)
+
+recall: $(VENV)/.installed  ## every planted bug: is it found within 60 s, and shrunk to its smallest layout?
+	$(BIN)/python -m fuzz recall $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
