@@ -26,8 +26,12 @@ from fuzz.trial import Trials
 
 RANKS = 4  # the largest world that a run draws by default
 CHUNK = 12  # cases of one property, as in a run
-# How slowly this machine draws is no news here; the properties themselves suppress no health check.
-QUIET: dict[str, Any] = {"deadline": None, "print_blob": False, "suppress_health_check": [HealthCheck.too_slow]}
+QUIET: dict[str, Any] = {
+    "derandomize": True,
+    "deadline": None,
+    "print_blob": False,
+    "suppress_health_check": [HealthCheck.too_slow],  # how slowly this machine draws is no news here
+}
 PINS: tuple[dict[str, str], ...] = (
     {},
     {"twin": "other_dispatcher"},
