@@ -15,12 +15,14 @@ from fuzz import memory
 from fuzz.case import MOST_OPERATIONS, Case, Operation, Rollout, Update
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
-SCHEMA = 2
+SCHEMA = 3
 # "part.field" -> the schema that added it; every other field is of schema 1
 SINCE = {
     **dict.fromkeys(("layout.order", "layout.split", "layout.stages", "model.dense", "model.dense_ffn"), 2),
     **dict.fromkeys(("switches.p2p", "switches.deallocate", "switches.group", "switches.forward_sp"), 2),
     **dict.fromkeys(("switches.decoder_input", "switches.padding_mask", "switches.groups", "ppo.frozen"), 2),
+    **dict.fromkeys(("model.score", "model.expert_bias", "model.bias_rate", "model.scaling"), 3),
+    **dict.fromkeys(("model.expert_groups", "model.group_topk", "switches.router_dtype"), 3),
 }
 TUPLES = ("layout.stages", "model.dense")  # fields that are lists of ints
 MOST_CHARACTERS = 100_000

@@ -11,7 +11,19 @@ from typing import Any, NamedTuple
 from fuzz.case import PRECISIONS, TWINS, Case
 from fuzz.space import DEGREES
 from toy_models import batching
-from toy_models.spec import DISPATCHERS, FAMILIES, FROZEN, GROUPS, MASKS, PIPES, RAGGEDNESS, SPLITS, Layout
+from toy_models.spec import (
+    DISPATCHERS,
+    FAMILIES,
+    FROZEN,
+    GROUPS,
+    MASKS,
+    PIPES,
+    RAGGEDNESS,
+    ROUTER_DTYPES,
+    SCORES,
+    SPLITS,
+    Layout,
+)
 
 Meeting = tuple[str, ...]  # two or three words of different dimensions, such as ('tp=2', 'split=even')
 
@@ -67,6 +79,10 @@ def power_of_two(number: int) -> bool:
 def _top_k(case: Case) -> str:
     model = case.model
     return "1" if model.top_k == 1 else "all" if model.top_k == model.experts else "some"
+
+
+def _expert_groups(case: Case) -> str:
+    return "limited" if case.model.group_topk else "idle" if case.model.expert_groups else "none"
 
 
 def stages(case: Case) -> list[int]:
@@ -139,6 +155,12 @@ DIMENSIONS: dict[str, Dimension] = {
     "local experts": _either("one", "several", lambda case: case.model.experts > case.layout.ep),
     "top-k": Dimension(("1", "some", "all"), _top_k),
     "gates": _either("plain", "normalised", lambda case: case.model.norm_topk_prob),
+    "score": _one_of("model.score", SCORES),
+    "expert bias": _on("model.expert_bias"),
+    "bias rate": _on("model.bias_rate"),
+    "scaling": _either("off", "on", lambda case: case.model.scaling != 1),
+    "expert groups": Dimension(("none", "idle", "limited"), _expert_groups),
+    "router dtype": _one_of("switches.router_dtype", ROUTER_DTYPES),
     "query groups": _either("many", "fewer than tp", lambda case: case.model.kv_heads < case.layout.tp),
     "tied": _on("model.tied"),
     "skew": _on("model.skew"),

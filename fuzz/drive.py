@@ -247,6 +247,8 @@ def _update(case: Case, roles: Mapping[str, Role], iteration: int, experience: p
             return seen.pieces(prefix, role, "grad")
         for kind in ("weight", "exp_avg", "exp_avg_sq", "momentum_buffer"):
             seen.pieces(prefix, role, kind)
+        for name, bias in role.expert_biases().items():
+            seen.tensors[f"{prefix}/{role.name}/expert_bias/{name}"] = bias.clone()
         if role.name == "actor" and role.last:
             seen.tensors[f"{prefix}/logp"] = torch.cat([report["logp"] for report in numbers["reports"]])
         return None

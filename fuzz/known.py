@@ -157,6 +157,35 @@ KNOWN = (
             batch=Batch(prompt=3),
         ),
     ),
+    Known(
+        id="padding-mask-of-expert-biases",
+        upstream="NVIDIA/Megatron-LM#6111, mended by #6114",
+        lives=("0.16.1", "0.19.2"),
+        # [tokens, E] & [tokens]: no such shapes, or, with as many tokens as experts, experts left out and not tokens.
+        covers=lambda case: case.model.expert_bias > 0 and case.switches.padding_mask != "none",
+        law="every rank finishes",
+        mend="toy_models.planted.mends:padding_mask_of_expert_biases",
+        example=Case(
+            model=MoEModel(score="sigmoid", expert_bias=0.5),
+            batch=Batch(prompt=3),
+            switches=Switches(padding_mask="all_false"),
+        ),
+    ),
+    Known(
+        id="expert-biases-of-other-groups",
+        upstream="docs/findings/expert-biases-of-other-groups.md",
+        lives=("0.16.1",),
+        # The load is summed over parallel_state's TP x CP x DP group: here over other stages, which have other layers.
+        covers=lambda case: case.model.expert_bias > 0 and case.switches.groups == "other" and case.layout.pp > 1,
+        law="expert biases follow the load",
+        mend="toy_models.planted.mends:expert_biases_over_the_given_groups",
+        example=Case(
+            layout=Layout(world=2, pp=2),
+            model=MoEModel(layers=2, experts=4, score="sigmoid", expert_bias=0.5, bias_rate=0.5),
+            batch=Batch(prompt=3),
+            switches=Switches(groups="other"),
+        ),
+    ),
 )
 
 

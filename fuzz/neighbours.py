@@ -13,7 +13,7 @@ from fuzz.case import Case
 from fuzz.order import micro_batches
 from fuzz.space import EPSILONS, VALUES, WORLDS, rates, values_of
 from toy_models.coordinates import stages
-from toy_models.spec import Layout
+from toy_models.spec import OWN_HEAD_DIM, SHARED, Layout, groupings
 
 PARTS = ("layout", "model", "batch", "ppo", "switches")
 
@@ -31,7 +31,8 @@ SIZES = {
     "epochs": "epochs",
     "seed": "seed",
 }
-CUT = ("split", "dense", "group")  # of which there is no list: what is simplest, and what says most beside it
+# Of these there is no list: what is simplest, and what says most beside it.
+CUT = ("split", "dense", "group", "expert_groups", "group_topk")
 WIDTHS = ("heads", "kv_heads", "ffn", "shared_ffn", "dense_ffn", "vocab")
 SETTINGS = (*VALUES, "eps", *CUT, *WIDTHS)
 DIMENSIONS = LAYOUT | SIZES | {name: name for name in SETTINGS}
@@ -125,9 +126,19 @@ def _cut(field: str, values: dict[str, Any]) -> dict[str, Any]:
         return {"down": None if here == "even" else "even", "up": None if here == "list" else "list"}
     if field == "dense":
         return {"down": () if here else None, "up": None if here else (0,)}
+    if field in ("expert_groups", "group_topk"):
+        return _grouped(field, values)
     groups = [g for g in range(values["pp"], values["micro_batches"] + 1) if values["vpp"] > 1 and _groups(values, g)]
     both = _listed(here or values["pp"], tuple(groups))
     return {name: 0 if group == values["pp"] else group for name, group in both.items()}
+
+
+def _grouped(field: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The groups of experts of which there are fewest, with no limit to how many are chosen; and such a limit."""
+    pairs, here = groupings(values["experts"], values["top_k"]), values[field]
+    limits = [limit for groups, limit in pairs if groups == values["expert_groups"]]
+    most = pairs[0][0] if field == "expert_groups" else max(limits, default=None)
+    return {"down": 0 if here else None, "up": None if here else most}
 
 
 def _groups(values: dict[str, Any], group: int) -> bool:
@@ -223,11 +234,16 @@ def _fit_heads(v: dict[str, Any], few: bool) -> None:
 
 
 def _fit_family(v: dict[str, Any]) -> None:
-    mixtral, qwen3 = v["family"] == "mixtral", v["family"] == "qwen3moe"
+    mixtral, sigmoid = v["family"] == "mixtral", v["score"] == "sigmoid"
     v["top_k"] = max(1 + mixtral, min(v["top_k"], v["experts"]))
-    v["norm_topk_prob"] = mixtral or (v["norm_topk_prob"] and v["top_k"] > 1)
-    v["shared_ffn"] = (v["shared_ffn"] or 2 * v["tp"]) if v["family"] == "qwen2moe" else 0
-    v["hidden"] = v["hidden"] if qwen3 else v["heads"] * v["head_dim"]
+    v["norm_topk_prob"] = (mixtral or sigmoid or v["norm_topk_prob"]) and v["top_k"] > 1
+    v["shared_ffn"] = (v["shared_ffn"] or 2 * v["tp"]) if v["family"] in SHARED else 0
+    v["expert_bias"] = v["expert_bias"] if sigmoid else 0.0
+    v["bias_rate"] = v["bias_rate"] if v["expert_bias"] else 0.0
+    v["expert_groups"] = 0 if v["expert_groups"] and v["experts"] % v["expert_groups"] else v["expert_groups"]
+    within_groups = (v["expert_groups"], v["group_topk"]) in groupings(v["experts"], v["top_k"])
+    v["group_topk"] = v["group_topk"] if within_groups else 0
+    v["hidden"] = v["hidden"] if v["family"] in OWN_HEAD_DIM else v["heads"] * v["head_dim"]
     within = [layer for layer in v["dense"] if layer < v["layers"]]
     v["dense"] = () if mixtral else tuple(within[: v["layers"] - 1])
     v["dense_ffn"] = (v["dense_ffn"] or 2 * v["tp"]) if v["dense"] else 0

@@ -10,7 +10,19 @@ from math import prod
 from typing import Any
 
 from fuzz.case import PRECISIONS
-from toy_models.spec import DISPATCHERS, FAMILIES, FROZEN, GROUPS, MASKS, OPTIMIZERS, PIPES, RAGGEDNESS, Layout
+from toy_models.spec import (
+    DISPATCHERS,
+    FAMILIES,
+    FROZEN,
+    GROUPS,
+    MASKS,
+    OPTIMIZERS,
+    PIPES,
+    RAGGEDNESS,
+    ROUTER_DTYPES,
+    SCORES,
+    Layout,
+)
 
 WORLDS = (1, 2, 3, 4, 6, 8, 12, 16)
 PROPERTIES = (1, 2, 4, 8, 16)  # worlds with a property of their own; the others are drawn now and then in larger ones
@@ -36,6 +48,10 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "skew": (0.0, 4.0, 10.0, 1.0),
     "aux_loss": (0.0, 1.0, 0.3, 7.0),
     "z_loss": (0.0, 0.1, 0.03, 1.0),
+    "score": SCORES,
+    "expert_bias": (0.0, 0.5, 0.125),
+    "bias_rate": (0.0, 0.0625, 0.5),  # as the spread exact in float32
+    "scaling": (1.0, 2.5, 0.4),
     "tied": (False, True),
     "temperature": (1.0, 0.7, 1.6),
     "gamma": (1.0, 0.9, 0.5),
@@ -62,6 +78,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "padding_mask": MASKS,
     "frozen": FROZEN,
     "groups": GROUPS,
+    "router_dtype": ROUTER_DTYPES,
 }  # fmt: skip
 
 # Adam divides by its eps: in float32 rounding of 1e-7 over an eps of 1e-8 would move a weight by the whole rate, and

@@ -18,7 +18,20 @@ from fuzz.case import PRECISIONS, TWINS, Case
 from fuzz.space import ADAM, DEGREES, EPSILONS, NAMED, VALUES, fitting, schedules, worlds_below
 from fuzz.space import all_layouts as all_layouts
 from fuzz.space import worlds as worlds
-from toy_models.spec import DISPATCHERS, FAMILIES, PIPES, PPO, SPLITS, Batch, Layout, MoEModel, Switches
+from toy_models.spec import (
+    DISPATCHERS,
+    FAMILIES,
+    OWN_HEAD_DIM,
+    PIPES,
+    PPO,
+    SHARED,
+    SPLITS,
+    Batch,
+    Layout,
+    MoEModel,
+    Switches,
+    groupings,
+)
 
 Draw = st.Draw
 
@@ -261,6 +274,7 @@ def _switches(draw: Draw, busy: int, layout: Layout, shape: dict[str, int], disp
         decoder_input=_option(draw, busy),
         padding_mask=_switched(draw, busy, "padding_mask"),
         groups=_groups(draw, busy, layout),
+        router_dtype=_switched(draw, busy, "router_dtype"),
     )
 
 
@@ -270,11 +284,11 @@ def _groups(draw: Draw, busy: int, layout: Layout) -> str:
     return groups if same_tp or groups != "other" else "explicit"
 
 
-def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family: str | None) -> MoEModel:
-    possible = FAMILIES[: 3 if sizes["top_k"] > 1 else 2]
+def _model(draw: Draw, busy: int, layout: Layout, sizes: Mapping[str, Any], family: str | None) -> MoEModel:
+    possible = FAMILIES if sizes["top_k"] > 1 else FAMILIES[:-1]  # all but Mixtral
     chosen = family or draw(st.sampled_from(possible))
     if chosen == "mixtral":
-        sizes = sizes | {"top_k": max(2, sizes["top_k"])}
+        sizes = {**sizes, "top_k": max(2, sizes["top_k"])}
     normalised = draw(st.booleans())
     few, kv_heads = _option(draw, busy), layout.tp * _count(draw, 1, 2)
     heads = kv_heads * _count(draw, 1, 2)
@@ -283,16 +297,19 @@ def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family:
     dense, dense_ffn = _dense(draw, busy, sizes["layers"]), layout.tp * _count(draw, 1, 3)
     dense = () if chosen == "mixtral" else dense
     shared = layout.tp * _count(draw, 2, 4)
+    router = _router(draw, busy, sizes)
+    normalised = normalised or chosen == "mixtral" or router["score"] == "sigmoid"
     return MoEModel(
         family=chosen,
         **sizes,
-        norm_topk_prob=chosen == "mixtral" or (normalised and sizes["top_k"] > 1),
-        hidden=8 if chosen == "qwen3moe" else heads * head_dim,
+        **router,
+        norm_topk_prob=normalised and sizes["top_k"] > 1,
+        hidden=8 if chosen in OWN_HEAD_DIM else heads * head_dim,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         ffn=layout.etp * _count(draw, 2, 4),
-        shared_ffn=shared if chosen == "qwen2moe" else 0,
+        shared_ffn=shared if chosen in SHARED else 0,
         vocab=layout.tp * _count(draw, -(-8 // layout.tp), 16 // layout.tp),
         tied=_option(draw, busy),
         skew=_switched(draw, busy, "skew"),
@@ -301,6 +318,17 @@ def _model(draw: Draw, busy: int, layout: Layout, sizes: dict[str, int], family:
         dense=dense,
         dense_ffn=dense_ffn if dense else 0,
     )
+
+
+def _router(draw: Draw, busy: int, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """How experts are chosen. Groups are now and then there and not limited: then they do nothing."""
+    drawn = {name: _switched(draw, busy, name) for name in ("score", "expert_bias", "bias_rate", "scaling")}
+    drawn["expert_bias"] *= drawn["score"] == "sigmoid"
+    drawn["bias_rate"] *= drawn["expert_bias"] > 0
+    grouped, idle, which = _option(draw, busy), draw(st.integers(0, 3)) == 3, draw(st.integers(0, 255))
+    pairs = groupings(sizes["experts"], sizes["top_k"])
+    groups, limit = pairs[which % len(pairs)] if grouped else (0, 0)
+    return drawn | {"expert_groups": groups, "group_topk": 0 if idle else limit}
 
 
 def _rows(layout: Layout, shape: dict[str, int]) -> int:

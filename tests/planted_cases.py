@@ -14,6 +14,8 @@ GATHER = Switches(dispatcher="allgather")
 HEADS = MoEModel(heads=2, kv_heads=2)
 TOP2 = MoEModel(experts=3, top_k=2, norm_topk_prob=True)
 FOUR = MoEModel(experts=4, top_k=2, norm_topk_prob=True)
+BIASED = MoEModel(experts=3, top_k=2, norm_topk_prob=True, score="sigmoid", expert_bias=0.5, bias_rate=0.5)
+GROUPED = replace(FOUR, expert_groups=2, group_topk=1)
 ROW = Batch(prompt=2, response=3)
 ROWS = Batch(rows=2, prompt=3, response=3)
 RAGGED = Batch(rows=2, prompt=4, response=4, raggedness="one_long")
@@ -26,6 +28,12 @@ PLANTED: dict[str, tuple[Case, Law]] = {
     "dispatch:gates_softmaxed_before_top_k": (Case(model=TOP2), dispatch.routing_is_valid),
     "dispatch:gate_of_top_1_is_one": (Case(), dispatch.routing_is_valid),
     "dispatch:weakest_experts_chosen": (Case(), dispatch.routing_is_valid),
+    "dispatch:expert_biases_in_the_gates": (Case(model=BIASED), dispatch.routing_is_valid),
+    "dispatch:groups_scored_by_their_best_expert": (
+        Case(model=GROUPED, batch=Batch(rows=4, prompt=3)),
+        dispatch.routing_is_valid,
+    ),
+    "dispatch:scaling_of_pre_softmax_alone": (Case(model=replace(TOP2, scaling=2.5)), dispatch.routing_is_valid),
     "dispatch:chunks_restored_by_the_wrong_shape": (
         Case(layout=Layout(world=4, ep=2, etp=2), model=FOUR, batch=Batch(rows=4, prompt=3)),
         dispatch.combine_of_dispatch_is_the_sum_of_probabilities,
@@ -68,6 +76,14 @@ PLANTED: dict[str, tuple[Case, Law]] = {
     "gradients:balance_gradients_not_averaged": (
         Case(model=MoEModel(aux_loss=1.0), batch=ROWS),
         updates.gradients_match_the_reference,
+    ),
+    "gradients:expert_biases_of_the_own_load": (
+        Case(layout=DP, model=BIASED, batch=Batch(rows=4, prompt=3)),
+        state.expert_biases_are_the_same_on_all_ranks,
+    ),
+    "gradients:expert_biases_follow_the_crowd": (
+        Case(model=BIASED, batch=ROWS),
+        updates.expert_biases_follow_the_load,
     ),
     "gradients:z_loss_not_divided_by_tp": (
         Case(layout=TP, model=MoEModel(heads=2, kv_heads=2, z_loss=0.1), batch=ROW),

@@ -98,6 +98,19 @@ FILES[2] = replace(
         groups="explicit",
     ),
 )
+FILES[3] = replace(
+    FILES[2],
+    model=replace(
+        FILES[2].model,
+        score="sigmoid",
+        expert_bias=0.5,
+        bias_rate=0.0625,
+        scaling=2.5,
+        expert_groups=2,
+        group_topk=1,
+    ),
+    switches=replace(FILES[2].switches, router_dtype="fp64"),
+)
 BARE = json.loads(to_json(Case()))
 
 

@@ -21,6 +21,17 @@ from toy_models.reference_trace import run as traced
 from toy_models.spec import FAMILIES, PPO, Batch, Layout, MoEModel, Switches
 
 QWEN3 = MoEModel(heads=4, kv_heads=2, experts=4, top_k=2, norm_topk_prob=True, layers=2, ffn=4, vocab=12)
+GLM4 = MoEModel(
+    family="glm4moe",
+    heads=2,
+    kv_heads=2,
+    experts=4,
+    top_k=2,
+    norm_topk_prob=True,
+    shared_ffn=4,
+    layers=2,
+    score="sigmoid",
+)
 QWEN2 = MoEModel(family="qwen2moe", heads=2, kv_heads=2, experts=4, top_k=2, shared_ffn=4, layers=2, tied=True)
 MIXTRAL = MoEModel(family="mixtral", heads=2, kv_heads=1, experts=4, top_k=3, norm_topk_prob=True, layers=2)
 BALANCED = replace(QWEN3, aux_loss=0.3, z_loss=0.1, skew=2.0)
@@ -226,7 +237,7 @@ def test_how_far_ranks_came_is_said(with_bug: Trials, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_traced_reference_is_the_reference(family: str) -> None:
     """Taps change nothing; what is computed once more, expert by expert, adds up to what transformers computed."""
-    model = {"qwen3moe": QWEN3, "qwen2moe": QWEN2, "mixtral": MIXTRAL}[family]
+    model = {"qwen3moe": QWEN3, "qwen2moe": QWEN2, "glm4moe": GLM4, "mixtral": MIXTRAL}[family]
     case = Case(layout=LAYOUTS["etp2"], model=replace(model, z_loss=0.1), batch=RAGGED)
     seen, plain = traced(case)["tensors"], run(case)["tensors"]
     assert all((seen[key] == plain[key]).all() for key in plain)

@@ -14,7 +14,11 @@ MODELS = {
     "qwen3moe": MoEModel(layers=2, experts=4, top_k=2, norm_topk_prob=True, heads=4, kv_heads=2, ffn=6),
     "qwen2moe": MoEModel(family="qwen2moe", layers=2, experts=3, heads=2, kv_heads=1, shared_ffn=6),
     "mixtral": MoEModel(family="mixtral", experts=4, top_k=2, norm_topk_prob=True, heads=2, tied=True),
-}
+    "glm4moe": MoEModel(
+        family="glm4moe", layers=2, experts=4, top_k=2, norm_topk_prob=True, heads=2, kv_heads=1, ffn=6, shared_ffn=6,
+        dense=(0,), dense_ffn=5, score="sigmoid", scaling=2.5, expert_groups=2, group_topk=1,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,7 +46,8 @@ def test_the_model_is_float64_and_eager_without_dropout(family: str) -> None:
     config = families.hf_config(MODELS[family])
     assert config.dtype is torch.float64
     assert (config._attn_implementation, config._experts_implementation) == ("eager", "eager")
-    assert config.attention_dropout == 0 and config.pad_token_id is None and not config.sliding_window
+    assert config.attention_dropout == 0 and config.pad_token_id is None
+    assert not getattr(config, "sliding_window", None)
     assert config.rms_norm_eps == families.rms_norm_eps(family)
     assert config.rope_parameters["rope_theta"] == families.rope_theta(family)
 

@@ -28,11 +28,12 @@ class Row:
 
 LAWS = Row(
     "torch.* fuzz.broken fuzz.case fuzz.lockstep fuzz.laws.* toy_models.batching toy_models.coordinates "
-    "toy_models.spec toy_models.weights"
+    "toy_models.routing toy_models.spec toy_models.weights"
 )
 REFERENCE = Row(
     "torch.* transformers.* toy_models.batching toy_models.spec toy_models.families toy_models.weights "
-    "toy_models.precision toy_models.reference_model toy_models.reference_rollout toy_models.reference_update"
+    "toy_models.precision toy_models.reference_model toy_models.reference_rollout toy_models.reference_update "
+    "toy_models.routing"
 )
 SYSTEM = Row(
     "torch.* torch.distributed.* megatron.core.* toy_models.spec toy_models.families toy_models.weights "
@@ -159,6 +160,7 @@ TABLE = {
     "toy_models.reference_trace": Row(
         f"{REFERENCE.may} toy_models.reference toy_models.reference_packing toy_models.taps"
     ),
+    "toy_models.routing": Row("torch.* toy_models.spec"),
     "toy_models.taps": Row("torch.*"),
     "toy_models.spec": Row(),
     "toy_models.coordinates": Row("toy_models.spec"),

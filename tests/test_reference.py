@@ -17,7 +17,12 @@ MODELS = {
     "qwen3moe": MoEModel(layers=2, experts=4, top_k=2, norm_topk_prob=True, hidden=12, heads=4, kv_heads=2, ffn=6),
     "qwen2moe": MoEModel(family="qwen2moe", layers=2, experts=3, heads=2, kv_heads=1, shared_ffn=6),
     "mixtral": MoEModel(family="mixtral", experts=4, top_k=2, norm_topk_prob=True, heads=2, tied=True),
-}
+    "glm4moe": MoEModel(
+        family="glm4moe", layers=2, experts=4, top_k=2, norm_topk_prob=True, heads=2, kv_heads=1, ffn=6, shared_ffn=6,
+        score="sigmoid", scaling=2.5, expert_groups=2, group_topk=1,
+    ),
+}  # fmt: skip
+BIASES = {f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in range(2)}
 BATCH = Batch(rows=4, prompt=3, response=4, raggedness="ragged", holes=True)
 SETTINGS = PPO(mini_batches=2, epochs=2, lr=0.1, critic_lr=0.1, kl_coef=0.1, entropy_coef=0.02, whiten=True)
 
@@ -51,8 +56,8 @@ def their_model(model: MoEModel, state: dict[str, torch.Tensor]) -> torch.nn.Mod
     """The family's ForCausalLM class with our weights and float64 rotary frequencies."""
     theirs = AutoModelForCausalLM.from_config(families.hf_config(model)).eval()
     missing = theirs.load_state_dict(state, strict=False)
-    assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}
-    theirs.model.rotary_emb.inv_freq = families.inv_freq(families.rope_theta(model.family), model.head_dim)
+    assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight", *BIASES}
+    theirs.model.rotary_emb.inv_freq = families.frequencies(model)
     return theirs
 
 

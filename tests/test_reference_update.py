@@ -16,7 +16,11 @@ MODELS = {
     "qwen3moe": MoEModel(layers=2, experts=4, top_k=2, norm_topk_prob=True, hidden=12, heads=4, kv_heads=2, ffn=6),
     "qwen2moe": MoEModel(family="qwen2moe", layers=2, experts=3, heads=2, kv_heads=1, shared_ffn=6),
     "mixtral": MoEModel(family="mixtral", experts=4, top_k=2, norm_topk_prob=True, heads=2, tied=True),
-}
+    "glm4moe": MoEModel(
+        family="glm4moe", layers=2, experts=4, top_k=2, norm_topk_prob=True, heads=2, kv_heads=1, ffn=6, shared_ffn=6,
+        score="sigmoid", scaling=2.5, expert_groups=2, group_topk=1,
+    ),
+}  # fmt: skip
 BATCH = Batch(rows=4, prompt=3, response=4, raggedness="ragged", holes=True)
 
 
@@ -79,10 +83,11 @@ def plain_balance(model: MoEModel, one: reference_model.Pass) -> float:
     """Both balance losses of one micro-batch from its router logits, token by token."""
     total = 0.0
     for layer in one.routing:
-        logits, chosen = layer.logits.tolist(), layer.experts.tolist()
+        logits, chosen = layer.logits.tolist(), layer.logits.topk(model.top_k, dim=1).indices.tolist()
         exps = [[math.exp(x) for x in token] for token in logits]
+        scores = exps if model.score == "softmax" else [[x / (1 + x) for x in token] for token in exps]
         for e in range(model.experts):
-            share = sum(token[e] / sum(token) for token in exps)
+            share = sum(token[e] / sum(token) for token in scores)
             count = sum(e in experts for experts in chosen)
             total += model.aux_loss * model.experts / (model.top_k * len(exps) ** 2) * share * count
         total += model.z_loss * sum(math.log(sum(token)) ** 2 for token in exps) / len(exps)

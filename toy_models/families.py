@@ -5,8 +5,8 @@ the sizes. `constants` gives the same numbers to whoever builds the model on ano
 nothing. Knows no megatron, no PPO, no layout.
 
 Canonical names (`toy_models.weights`) have one tensor per expert; transformers 5 keeps the experts of a layer
-fused: `mlp.experts.gate_up_proj` [E, 2F, H], gate first, and `mlp.experts.down_proj` [E, H, F]. All other
-names agree.
+fused: `mlp.experts.gate_up_proj` [E, 2F, H], gate first, and `mlp.experts.down_proj` [E, H, F]. GLM-4-MoE has
+`mlp.shared_experts` for `mlp.shared_expert`. All other names agree.
 """
 
 import json
@@ -41,9 +41,19 @@ def rope_theta(family: str) -> float:
     return constants(family)["rope_parameters"]["rope_theta"]
 
 
-def inv_freq(theta: float, head_dim: int) -> torch.Tensor:
-    """Rotary frequencies [head_dim / 2] in float64; both libraries would make them in float32."""
-    return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+def rotary_fraction(family: str) -> float:
+    """The share of a head's features that rotary embeddings turn."""
+    return constants(family)["rope_parameters"].get("partial_rotary_factor", 1.0)
+
+
+def inv_freq(theta: float, dim: int) -> torch.Tensor:
+    """Rotary frequencies [dim / 2] in float64 of so many features; both libraries would make them in float32."""
+    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+
+def frequencies(model: MoEModel) -> torch.Tensor:
+    """The rotary frequencies of a model."""
+    return inv_freq(rope_theta(model.family), int(model.head_dim * rotary_fraction(model.family)))
 
 
 def _sizes(model: MoEModel) -> dict[str, Any]:
@@ -55,6 +65,8 @@ def _sizes(model: MoEModel) -> dict[str, Any]:
     }  # fmt: skip
     if model.family == "mixtral":
         return sizes | {"num_local_experts": model.experts}
+    if model.family == "glm4moe":
+        return sizes | _glm4moe(model)
     moe = {
         "num_experts": model.experts,
         "moe_intermediate_size": model.ffn,
@@ -63,6 +75,20 @@ def _sizes(model: MoEModel) -> dict[str, Any]:
     }
     shared = {"shared_expert_intermediate_size": model.shared_ffn} if model.shared_ffn else {}
     return sizes | moe | shared
+
+
+def _glm4moe(model: MoEModel) -> dict[str, Any]:
+    """Dense layers come first there; others, and a shared expert of any width, are put in by the reference."""
+    leading = [layer for at, layer in enumerate(model.dense) if layer == at]
+    return {
+        "n_routed_experts": model.experts,
+        "moe_intermediate_size": model.ffn,
+        "norm_topk_prob": model.norm_topk_prob,
+        "routed_scaling_factor": model.scaling,
+        "n_group": model.expert_groups if model.group_topk else 1,
+        "topk_group": model.group_topk or 1,
+        "first_k_dense_replace": len(leading),
+    }
 
 
 def hf_config(model: MoEModel) -> PretrainedConfig:
@@ -79,7 +105,7 @@ def hf_config(model: MoEModel) -> PretrainedConfig:
 
 def to_hf(model: MoEModel, canonical: Mapping[str, torch.Tensor]) -> Tensors:
     """Canonical tensors -> state dict of the family's ForCausalLM class; `score.weight` passes through."""
-    state = {name: tensor for name, tensor in canonical.items() if not _EXPERT.fullmatch(name)}
+    state = {_theirs(model, name): x for name, x in canonical.items() if not _EXPERT.fullmatch(name)}
     for layer in model.moe:
         path = f"model.layers.{layer}.mlp.experts"
         gate, up, down = (
@@ -88,6 +114,10 @@ def to_hf(model: MoEModel, canonical: Mapping[str, torch.Tensor]) -> Tensors:
         )
         state |= {f"{path}.gate_up_proj": torch.cat([gate, up], dim=1), f"{path}.down_proj": down}
     return state
+
+
+def _theirs(model: MoEModel, name: str) -> str:
+    return name.replace(".mlp.shared_expert.", ".mlp.shared_experts.") if model.family == "glm4moe" else name
 
 
 def _split_experts(model: MoEModel, name: str, tensor: torch.Tensor) -> Tensors:
@@ -107,5 +137,6 @@ def from_hf(model: MoEModel, named: Mapping[str, torch.Tensor]) -> Tensors:
     canonical: Tensors = {}
     for name, tensor in named.items():
         fused = name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"))
-        canonical |= _split_experts(model, name, tensor) if fused else {name: tensor}
+        ours = name.replace(".mlp.shared_experts.", ".mlp.shared_expert.")
+        canonical |= _split_experts(model, name, tensor) if fused else {ours: tensor}
     return canonical

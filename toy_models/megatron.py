@@ -77,13 +77,19 @@ def _options(model: MoEModel) -> dict[str, Any]:
         "num_moe_experts": model.experts,
         "moe_router_topk": model.top_k,
         "moe_router_pre_softmax": not model.norm_topk_prob,
+        "moe_router_score_function": model.score,
+        "moe_router_enable_expert_bias": model.expert_bias > 0,
+        "moe_router_bias_update_rate": model.bias_rate,
+        "moe_router_topk_scaling_factor": model.scaling if model.scaling != 1 else None,
+        "moe_router_num_groups": model.expert_groups or None,
+        "moe_router_group_topk": model.group_topk or None,
         "moe_router_load_balancing_type": "aux_loss" if model.aux_loss else "none",
         "moe_aux_loss_coeff": model.aux_loss,
         "moe_z_loss_coeff": model.z_loss or None,
         "moe_shared_expert_intermediate_size": model.shared_ffn or None,
-        "moe_shared_expert_gate": model.shared_ffn > 0,
-        "add_qkv_bias": model.family == "qwen2moe",
-        "qk_layernorm": model.family == "qwen3moe",
+        "moe_shared_expert_gate": model.family in weights.SHARED_GATE,
+        "add_qkv_bias": model.family in weights.QKV_BIAS,
+        "qk_layernorm": model.family in weights.QK_NORM,
         "layernorm_epsilon": families.rms_norm_eps(model.family),
     }
 
@@ -137,6 +143,7 @@ def transformer_config(
         expert_tensor_parallel_size=layout.etp,
         sequence_parallel=layout.tp > 1 and (switches.forward_sp or role in TRAINED),
         moe_token_dispatcher_type=switches.dispatcher,
+        moe_router_dtype=None if switches.router_dtype == "none" else switches.router_dtype,
         perform_initialization=switches.perform_initialization,
         batch_p2p_comm=switches.p2p == "batched",
         overlap_p2p_comm=switches.p2p in ("overlapped", "flushed"),
@@ -188,6 +195,7 @@ def build(
         share_embeddings_and_output_weights=token_head and model.tied,
         position_embedding_type="rope",
         rotary_base=families.rope_theta(model.family),
+        rotary_percent=families.rotary_fraction(model.family),
         parallel_output=True,
         vp_stage=vp_stage,
         **explicit,
@@ -195,7 +203,7 @@ def build(
     if not token_head and gpt.post_process:
         gpt.output_layer = ScalarHead(config, gpt.pg_collection.tp)
     if config.params_dtype == torch.float64:
-        gpt.rotary_pos_emb.inv_freq = families.inv_freq(families.rope_theta(model.family), model.head_dim)
+        gpt.rotary_pos_emb.inv_freq = families.frequencies(model)
     return gpt
 
 
@@ -238,6 +246,11 @@ class Role:
     def moe_layers(self) -> dict[int, Any]:
         """Those of them that have experts."""
         return {at: layer for at, layer in self.layers().items() if at in self.model.moe}
+
+    def expert_biases(self) -> dict[str, torch.Tensor]:
+        """The buffers that routers choose by, of those that have some, under their canonical names."""
+        routers = {at: layer.mlp.router for at, layer in self.moe_layers().items() if self.model.expert_bias}
+        return {f"model.layers.{at}.mlp.gate.e_score_correction_bias": x.expert_bias for at, x in routers.items()}
 
     @cached_property
     def parameters(self) -> list[tuple[Shard, str, torch.nn.Parameter]]:
@@ -326,6 +339,9 @@ def make_role(case: Any, name: str, groups: ProcessGroupCollection) -> Role:
     gpts = [build(case.model, name, config, case.batch, case.layout, stage, **explicit) for stage in stages]
     role = Role(name, case.model, case.layout, torch.distributed.get_rank(), gpts, case.switches, groups)
     load(role, weights.canonical(case.model, name, case.seed))
+    biases = weights.expert_biases(case.model, name, case.seed)
+    for piece, buffer in role.expert_biases().items():
+        buffer.copy_(biases[piece])
     if name in TRAINED:
         _learns(role, config, case.ppo, case.precision, explicit)
     else:

@@ -17,7 +17,7 @@ from toy_models import reference_update as update
 from toy_models.batching import partition
 from toy_models.families import Tensors, from_hf
 from toy_models.precision import keep_float64
-from toy_models.reference_model import Pass, forward, initial, routing_gap, tokens_per_expert
+from toy_models.reference_model import Pass, forward, initial, initial_biases, routing_gap, tokens_per_expert
 from toy_models.reference_rollout import Responses, forced_responses, rollout, sampling_margin
 from toy_models.reference_update import Trained
 from toy_models.weights import ROLES, is_frozen
@@ -85,12 +85,15 @@ def run(
 def _start(case: Any, nudge: float, dtype: torch.dtype) -> Run:
     state = {role: initial(case.model, role, case.seed, case.precision, nudge, dtype) for role in ROLES}
     rates = {"actor": case.ppo.lr, "critic": case.ppo.critic_lr}
-    trained = {role: Trained(state.pop(role), rate) for role, rate in rates.items()}
+    biases = {role: initial_biases(case.model, role, case.seed, dtype) for role in ROLES}
+    trained = {role: Trained(state.pop(role), rate, biases=biases.pop(role)) for role, rate in rates.items()}
+    state = {role: weights | biases[role] for role, weights in state.items()}
     return Run(case, state, trained, {}, {}, {})
 
 
 def _weights(now: Run, role: str) -> Tensors:
-    return now.trained[role].weights if role in now.trained else now.frozen[role]
+    """With the routers' biases."""
+    return now.trained[role].weights | now.trained[role].biases if role in now.trained else now.frozen[role]
 
 
 def token_logp(z_RWV: torch.Tensor, of: Responses, temperature: float) -> torch.Tensor:
@@ -105,7 +108,7 @@ def chosen(logp_RJV: torch.Tensor, of: Responses) -> torch.Tensor:
 
 @torch.no_grad()
 def _rollout(now: Run, iteration: int, given: tuple[torch.Tensor, torch.Tensor] | None) -> Experience:
-    case, actor = now.case, now.trained["actor"].weights
+    case, actor = now.case, _weights(now, "actor")
     responses = forced_responses(case, *given) if given else rollout(case, actor, iteration)
     passes = {role: forward(case.model, _weights(now, role), responses.sequences) for role in ROLES}
     z_RWV = passes["actor"].output
@@ -181,10 +184,11 @@ def _optimizer_step(now: Run, key: str, experience: Experience, micro_batches: l
     for role, losses in (("actor", _actor_loss), ("critic", _critic_loss)):
         model = now.trained[role]
         leaves = {name: w.detach().requires_grad_() for name, w in model.weights.items()}
-        passes = _forward_mini_batch(now, leaves, experience.responses, micro_batches)
+        passes = _forward_mini_batch(now, leaves | model.biases, experience.responses, micro_batches)
         loss, gap = losses(now, key, experience, rows, torch.cat([one.output for one in passes]))
         grads = update.gradients(loss + update.balance_loss(now.case.model, now.case.layout, passes), leaves)
         gaps += [gap, routing_gap(now.case.model, *passes)]
+        model.biases = update.moved_biases(now.case.model, model.biases, passes)
         _apply(now, key, role, grads)
     now.numbers[f"{key}/margin"] = min(gaps)
 
@@ -241,6 +245,7 @@ def _apply(now: Run, key: str, role: str, grads: Tensors) -> None:
     coefficient = update.clip_coefficient(ppo.max_norm, total) * (1 + now.clip_nudges[model.steps % 2])
     update.step(ppo, model, {name: grad * coefficient for name, grad in grads.items()})
     now.numbers[f"{key}/{role}_norm"] = total
+    now.tensors |= {f"{key}/{role}/expert_bias/{name}": bias for name, bias in model.biases.items()}
     for kind, named in {"grad": grads, "weight": model.weights, **model.moments}.items():
         canonical = from_hf(now.case.model, named)
         now.tensors |= {f"{key}/{role}/{kind}/{name}": tensor for name, tensor in canonical.items()}

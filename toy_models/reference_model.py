@@ -13,18 +13,43 @@ from typing import NamedTuple
 import torch
 from torch.func import functional_call
 from transformers import AutoModel, PreTrainedModel
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMLP, Glm4MoeMoE
 
-from toy_models import families, weights
+from toy_models import families, routing, weights
 from toy_models.batching import uniform
 from toy_models.families import Tensors
 from toy_models.spec import MoEModel
 
 
 class Routing(NamedTuple):
-    """What one layer's router did: `logits` [N, E] and the chosen `experts` [N, K]."""
+    """What one layer's router did: `logits` [N, E] and the chosen `experts` [N, K].
+
+    Of a router that is not the plain one also the `margin` [N] of its choice, and `counted`: for which experts balance
+    losses count each token.
+    """
 
     logits: torch.Tensor
     experts: torch.Tensor
+    margin: torch.Tensor | None = None
+    counted: routing.Choice | None = None
+
+
+class Router(torch.nn.Module):
+    """The router of `docs/ppo.md` in the place of a family's own, where that knows less."""
+
+    def __init__(self, model: MoEModel) -> None:
+        super().__init__()
+        self.model = model
+        self.weight = torch.nn.Parameter(torch.empty(model.experts, model.hidden))
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = hidden.reshape(-1, self.model.hidden) @ self.weight.T
+        experts = routing.choose(self.model, logits, _bias(self)).experts
+        return logits, routing.gates(self.model, logits, experts), experts
+
+
+def _bias(gate: torch.nn.Module) -> torch.Tensor | None:
+    return getattr(gate, "e_score_correction_bias", None)
 
 
 class Pass(NamedTuple):
@@ -40,13 +65,42 @@ def _backbone(model: MoEModel) -> tuple[PreTrainedModel, list[Routing]]:
     """The family's *Model without weights, and the list to which its routers add at every forward."""
     with torch.device("meta"):
         module = AutoModel.from_config(families.hf_config(model)).eval()
-    frequencies = families.inv_freq(families.rope_theta(model.family), model.head_dim)
-    module.rotary_emb.inv_freq = module.rotary_emb.original_inv_freq = frequencies
+        if model.family == "glm4moe":
+            _as_asked(module, model)
+        for layer in (module.layers[i] for i in model.moe):
+            layer.mlp.gate = layer.mlp.gate if _knows(model) else Router(model)
+    module.rotary_emb.inv_freq = module.rotary_emb.original_inv_freq = families.frequencies(model)
     seen: list[Routing] = []
     for layer in (module.layers[i] for i in model.moe):
-        # All three families return (logits, gates, experts); the logits are a plain product with gate.weight.
-        layer.mlp.gate.register_forward_hook(lambda _, __, out: seen.append(Routing(out[0], out[2])))
+        if not model.plain_router:
+            layer.mlp.gate.register_buffer("e_score_correction_bias", torch.zeros(model.experts, dtype=torch.float64))
+        # All families return (logits, gates, experts); the logits are a plain product with gate.weight.
+        layer.mlp.gate.register_forward_hook(lambda gate, _, out: seen.append(_routing(model, gate, out)))
     return module, seen
+
+
+def _as_asked(module: PreTrainedModel, model: MoEModel) -> None:
+    """GLM-4-MoE with dense layers at any place and a shared expert of any width."""
+    for i, layer in enumerate(module.layers):
+        layer.mlp = Glm4MoeMLP(module.config) if i in model.dense else Glm4MoeMoE(module.config)
+        if i in model.moe:
+            layer.mlp.shared_experts = Glm4MoeMLP(module.config, model.shared_ffn)
+
+
+def _knows(model: MoEModel) -> bool:
+    """Whether the family's own router is that of the model: GLM-4-MoE judges a group by two experts."""
+    if model.family != "glm4moe":
+        return model.plain_router
+    two = not model.group_topk or model.top_k // model.group_topk == 2
+    return model.score == "sigmoid" and two
+
+
+def _routing(model: MoEModel, gate: torch.nn.Module, out: tuple[torch.Tensor, ...]) -> Routing:
+    logits, _, experts = out
+    if model.plain_router:
+        return Routing(logits, experts)
+    margin = routing.choose(model, logits, _bias(gate)).margin
+    return Routing(logits, experts, margin, routing.counted(model, logits) if model.aux_loss else None)
 
 
 def head(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -64,9 +118,9 @@ def forward(model: MoEModel, state: Mapping[str, torch.Tensor], tokens: torch.Te
     body = {name.removeprefix("model."): w for name, w in state.items() if name.startswith("model.")}
     hidden = functional_call(module, body, kwargs={"input_ids": tokens, "use_cache": False}).last_hidden_state
     output = hidden @ head(state).T
-    routing = tuple(seen)
+    routed = tuple(seen)
     seen.clear()
-    return Pass(output.squeeze(-1) if "score.weight" in state else output, routing)
+    return Pass(output.squeeze(-1) if "score.weight" in state else output, routed)
 
 
 def _nudged(tensor: torch.Tensor, nudge: float, *key: int | str) -> torch.Tensor:
@@ -87,12 +141,24 @@ def initial(
     return families.to_hf(model, {name: w.to(dtype) for name, w in canonical.items()})
 
 
+def initial_biases(model: MoEModel, role: str, seed: int, dtype: torch.dtype = torch.float64) -> Tensors:
+    """The routers' biases before training, under transformers' names; megatron's float32 has them exactly."""
+    return {name: bias.to(dtype) for name, bias in weights.expert_biases(model, role, seed).items()}
+
+
 def routing_gap(model: MoEModel, *passes: Pass) -> float:
-    """Smallest distance, in router logits, of the last chosen to the first refused expert; inf if all are."""
+    """Smallest distance, in router logits, of the last chosen to the first refused expert; inf if all are.
+
+    As `routing.Choice.margin` where the router is not the plain one.
+    """
+    layers = [layer for one in passes for layer in one.routing]
+    if not model.plain_router:
+        margins = [layer.margin for layer in layers] + [layer.counted.margin for layer in layers if layer.counted]
+        return min(margin.min().item() for margin in margins if margin is not None)
     if model.top_k == model.experts:
         return float("inf")
     gaps = []
-    for layer in (layer for one in passes for layer in one.routing):
+    for layer in layers:
         ranked_NE = layer.logits.detach().sort(dim=-1, descending=True).values
         gaps.append((ranked_NE[:, model.top_k - 1] - ranked_NE[:, model.top_k]).min().item())
     return min(gaps)

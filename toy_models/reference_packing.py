@@ -41,7 +41,8 @@ def layer(model: MoEModel, seen: Kinds, chosen: torch.Tensor, experts: Tensors, 
         found[kind] |= {name: seen[kind][name] for name in PLAIN}
     if model.shared_ffn:
         forward = seen["forward"]
-        found["forward"]["mlp.shared_experts"] = forward["shared"] * forward["shared_gate"].sigmoid()
+        gated = forward["shared"] * forward["shared_gate"].sigmoid() if "shared_gate" in forward else None
+        found["forward"]["mlp.shared_experts"] = forward["shared_ungated"] if gated is None else gated
         found["backward"]["mlp.shared_experts"] = seen["backward"]["mlp"]  # the layer's output is a sum
     return found
 

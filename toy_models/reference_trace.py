@@ -37,6 +37,7 @@ _IN_LAYER = {
     "up": "mlp.up_proj",
     "experts": "mlp.experts",
     "shared": "mlp.shared_expert",
+    "shared_ungated": "mlp.shared_experts",
     "shared_gate": "mlp.shared_expert_gate",
     "mlp": "mlp",
 }
@@ -69,7 +70,7 @@ def _step(now: Run, role: str, experience: Experience) -> float:
     rows = [row for micro in micro_batches for row in micro]
     leaves = {name: w.detach().requires_grad_() for name, w in model.weights.items()}
     with _tapped(case.model) as taps:
-        passes = reference._forward_mini_batch(now, leaves, experience.responses, micro_batches)
+        passes = reference._forward_mini_batch(now, leaves | model.biases, experience.responses, micro_batches)
         for one in passes:
             taps.tap("output_layer", one.output)
         loss, gap = LOSSES[role](now, STEP, experience, rows, torch.cat([one.output for one in passes]))
@@ -109,7 +110,7 @@ def _on_input(taps: Taps, name: str, module: torch.nn.Module) -> Any:
 
 
 def _on_router(taps: Taps, layer: int, gate: torch.nn.Module) -> Any:
-    """All three families return (logits, gates, experts)."""
+    """All families return (logits, gates, experts)."""
 
     def hook(_: Any, __: Any, out: tuple) -> None:
         taps.tap(f"layers.{layer}.gates", out[1])

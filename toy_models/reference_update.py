@@ -12,6 +12,7 @@ import torch
 from toy_models.batching import chunk_positions
 from toy_models.families import Tensors
 from toy_models.reference_model import Pass, Routing
+from toy_models.routing import shares
 from toy_models.spec import PPO, Layout, MoEModel
 
 
@@ -23,6 +24,7 @@ class Trained:
     lr: float
     steps: int = 0
     moments: dict[str, Tensors] = field(default_factory=dict)
+    biases: Tensors = field(default_factory=dict)  # of the routers, by name: moved by the load, not by gradients
 
 
 def clipped_policy_loss(ppo: PPO, ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -50,7 +52,8 @@ def smallest(numbers: torch.Tensor) -> float:
 
 def _aux_loss(model: MoEModel, routing: Routing, valid_N: torch.Tensor) -> torch.Tensor:
     """Load balancing over the valid tokens of one micro-batch and one layer."""
-    shares_NE, experts_NK = routing.logits.softmax(dim=-1)[valid_N], routing.experts[valid_N]
+    experts_NK = (routing.experts if routing.counted is None else routing.counted.experts)[valid_N]
+    shares_NE = shares(model, routing.logits)[valid_N]
     num_tokens = shares_NE.shape[0]
     total = shares_NE.new_zeros(())
     for expert in range(model.experts):
@@ -84,6 +87,27 @@ def balance_loss(model: MoEModel, layout: Layout, micro_batches: Sequence[Pass])
             total = total + model.aux_loss * _aux_loss(model, layer, valid_N)
             total = total + model.z_loss * _z_loss(layer, valid_N, shards)
     return total / len(micro_batches)
+
+
+def moved_biases(model: MoEModel, biases: Tensors, passes: Sequence[Pass]) -> Tensors:
+    """Each bias one rate up where its expert got fewer tokens than the mean of the step, one rate down where more."""
+    moved = {}
+    for at, (name, bias) in enumerate(biases.items()):
+        loads = _loads(model, passes, at)
+        signs = [(sum(loads) > load * model.experts) - (sum(loads) < load * model.experts) for load in loads]
+        moved[name] = bias + model.bias_rate * torch.tensor(signs, dtype=bias.dtype)
+    return moved
+
+
+def _loads(model: MoEModel, passes: Sequence[Pass], at: int) -> list[int]:
+    """How many valid tokens of all passes went to each expert of one layer."""
+    loads = [0] * model.experts
+    for one in passes:
+        experts_NK = one.routing[at].experts
+        valid_N = torch.ones(len(experts_NK), dtype=torch.bool) if one.padding is None else ~one.padding.flatten()
+        for expert in experts_NK[valid_N].flatten().tolist():
+            loads[expert] += 1
+    return loads
 
 
 def gradients(loss: torch.Tensor, leaves: Tensors) -> Tensors:

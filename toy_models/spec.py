@@ -8,7 +8,11 @@ values at once (heads against TP, rows against DP) is checked by `check_together
 from dataclasses import dataclass
 from math import prod
 
-FAMILIES = ("qwen3moe", "qwen2moe", "mixtral")
+FAMILIES = ("qwen3moe", "qwen2moe", "glm4moe", "mixtral")
+SHARED = ("qwen2moe", "glm4moe")  # have a shared expert
+OWN_HEAD_DIM = ("qwen3moe", "glm4moe")  # heads * head_dim need not be the hidden size
+SCORES = ("softmax", "sigmoid")
+ROUTER_DTYPES = ("none", "fp32", "fp64")
 DISPATCHERS = ("alltoall", "allgather")
 RAGGEDNESS = ("equal", "ragged", "one_long")
 OPTIMIZERS = ("sgd", "adam")
@@ -26,7 +30,7 @@ AXES = ("tp", "cp", "ep", "dp", "pp")
 MOST = {
     "world": 64, "layers": 64, "experts": 256, "hidden": 1024, "heads": 128, "kv_heads": 128, "head_dim": 256,
     "ffn": 4096, "shared_ffn": 4096, "vocab": 4096, "rows": 1024, "prompt": 1024, "response": 1024,
-    "micro_rows": 64, "epochs": 16, "mini_batches": 64, "dense_ffn": 4096,
+    "micro_rows": 64, "epochs": 16, "mini_batches": 64, "dense_ffn": 4096, "expert_groups": 256, "group_topk": 256,
 }  # fmt: skip
 
 # Numbers that are each within bounds could still ask for terabytes together: these products are bounded too, `width`
@@ -154,14 +158,29 @@ def _divides(layout: Layout, counts: tuple[int, ...]) -> bool:
     return len({counts[0] + first, *counts[1:-1], counts[-1] + last}) == 1
 
 
+def groupings(experts: int, top_k: int) -> list[tuple[int, int]]:
+    """The numbers of groups and of chosen groups in which top_k of so many experts can be chosen; most limiting first.
+
+    A group is judged by its top_k // group_topk best experts, of which there must be at least one and no more than it
+    has; the chosen groups must have top_k experts together.
+    """
+    groups = [g for g in range(2, experts + 1) if experts % g == 0]
+    pairs = [(g, k) for g in groups for k in range(1, min(g, top_k) + 1)]
+    return [(g, k) for g, k in pairs if top_k // k <= experts // g and top_k <= k * (experts // g)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoEModel:
     """One mixture-of-experts decoder; actor, critic, reference and reward model share it and differ in weights.
 
-    `ffn` is the width of one routed expert, `shared_ffn` that of the shared expert (Qwen2-MoE only, else 0). The layers
-    in `dense` (indices from 0, ascending) have one plain MLP of width `dense_ffn` in place of experts (not in Mixtral).
-    `skew` pulls tokens towards expert 0: 0 is balanced, 4 starves most other experts. `aux_loss` and `z_loss`
-    are megatron's moe_aux_loss_coeff and moe_z_loss_coeff.
+    `ffn` is the width of one routed expert, `shared_ffn` that of the shared expert (Qwen2-MoE and GLM-4-MoE only, else
+    0). The layers in `dense` (indices from 0, ascending) have one plain MLP of width `dense_ffn` in place of experts
+    (not in Mixtral). `skew` pulls tokens towards expert 0: 0 is balanced, 4 starves most other experts. `aux_loss` and
+    `z_loss` are megatron's moe_aux_loss_coeff and moe_z_loss_coeff.
+
+    The router, of any family: `score` is moe_router_score_function; `expert_bias` the spread of the biases that are
+    loaded, 0 for none, and `bias_rate` how far they move per step; `scaling` moe_router_topk_scaling_factor;
+    `expert_groups` and `group_topk` are moe_router_num_groups and moe_router_group_topk, 0 for none.
     """
 
     family: str = "qwen3moe"
@@ -182,9 +201,15 @@ class MoEModel:
     z_loss: float = 0.0
     dense: tuple[int, ...] = ()
     dense_ffn: int = 0
+    score: str = "softmax"
+    expert_bias: float = 0.0
+    bias_rate: float = 0.0
+    scaling: float = 1.0
+    expert_groups: int = 0
+    group_topk: int = 0
 
     def __post_init__(self) -> None:
-        _check_choice(self, family=FAMILIES)
+        _check_choice(self, family=FAMILIES, score=SCORES)
         _check_counts(self, layers=1, experts=2, top_k=1, hidden=2, heads=1, kv_heads=1, head_dim=2, ffn=1)
         _check_counts(self, shared_ffn=0, vocab=4, dense_ffn=0)
         _check_flags(self, "norm_topk_prob", "tied")
@@ -195,13 +220,13 @@ class MoEModel:
             f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}",
         )
         _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs")
-        shared = self.family == "qwen2moe"
         _require(
-            (self.shared_ffn > 0) == shared,
-            f"shared_ffn={self.shared_ffn} with family={self.family}: only qwen2moe has a shared expert, and must",
+            (self.shared_ffn > 0) == (self.family in SHARED),
+            f"shared_ffn={self.shared_ffn} with family={self.family}: only {' and '.join(SHARED)} have a shared "
+            "expert, and must",
         )
         _require(
-            self.family == "qwen3moe" or self.hidden == self.heads * self.head_dim,
+            self.family in OWN_HEAD_DIM or self.hidden == self.heads * self.head_dim,
             f"family={self.family} needs hidden = heads*head_dim, got hidden={self.hidden}, "
             f"heads={self.heads}, head_dim={self.head_dim}",
         )
@@ -215,6 +240,36 @@ class MoEModel:
             "family=mixtral always normalises its gates: norm_topk_prob must be True and top_k >= 2",
         )
         self._check_dense()
+        self._check_router()
+
+    def _check_router(self) -> None:
+        _check_reals(self, expert_bias=(0, 100), bias_rate=(0, 100), scaling=(1e-3, 1e3))
+        _check_counts(self, expert_groups=0, group_topk=0)
+        sigmoid = self.score == "sigmoid"
+        _require(
+            not sigmoid or self.norm_topk_prob == (self.top_k > 1),
+            f"score='sigmoid' normalises the gates of several experts and of no single one: norm_topk_prob="
+            f"{self.norm_topk_prob} with top_k={self.top_k}",
+        )
+        _require(sigmoid or not self.expert_bias, f"expert_bias={self.expert_bias} needs score='sigmoid'")
+        said = f"bias_rate={self.bias_rate} needs an expert_bias, but expert_bias={self.expert_bias}"
+        _require(not self.bias_rate or self.expert_bias > 0, said)
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        groups, limit, said = self.expert_groups, self.group_topk, f"expert_groups={self.expert_groups}"
+        _require(groups == 0 or self.experts % groups == 0, f"experts={self.experts} is not a multiple of {said}")
+        said = f"{said}, group_topk={limit}, experts={self.experts}, top_k={self.top_k}"
+        _require(
+            limit == 0 or (groups > 0 and (groups, limit) in groupings(self.experts, self.top_k)),
+            f"{said}: each of group_topk groups must give top_k//group_topk experts, at least one, and all top_k",
+        )
+
+    @property
+    def plain_router(self) -> bool:
+        """Whether the router is the plain softmax one that all families have had from the start."""
+        options = (self.score, self.expert_bias, self.scaling, self.group_topk)
+        return options == ("softmax", 0.0, 1.0, 0)
 
     def _check_dense(self) -> None:
         listed = isinstance(self.dense, tuple) and all(type(i) is int and 0 <= i < self.layers for i in self.dense)
@@ -306,7 +361,7 @@ class Switches:
     not `forward_sp`, reference and reward model run without sequence parallelism. `decoder_input` hands the embedded
     tokens to the actor and the critic. `padding_mask` is that of GPTModel.forward; one that marks padding matters for
     balance losses. `groups`: megatron takes its process groups from parallel_state; or is handed them; or is handed
-    them while parallel_state has those of another layout, with the same TP.
+    them while parallel_state has those of another layout, with the same TP. `router_dtype` is moe_router_dtype.
     """
 
     dispatcher: str = "alltoall"
@@ -318,9 +373,11 @@ class Switches:
     decoder_input: bool = False
     padding_mask: str = "none"
     groups: str = "global"
+    router_dtype: str = "none"
 
     def __post_init__(self) -> None:
         _check_choice(self, dispatcher=DISPATCHERS, p2p=PIPES, padding_mask=MASKS, groups=GROUPS)
+        _check_choice(self, router_dtype=ROUTER_DTYPES)
         _check_counts(self, group=0)
         _check_flags(self, "perform_initialization", "deallocate", "forward_sp", "decoder_input")
 

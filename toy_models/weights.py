@@ -14,6 +14,7 @@ from toy_models.batching import uniform
 from toy_models.coordinates import coordinates, is_first, is_last, layers_on
 from toy_models.spec import Layout, MoEModel
 
+QKV_BIAS, QK_NORM, SHARED_GATE = ("qwen2moe", "glm4moe"), ("qwen3moe", "glm4moe"), ("qwen2moe",)  # what has it
 ROLES = ("actor", "critic", "reference", "reward")
 Shape = tuple[int, ...]
 Slices = tuple[slice, ...]
@@ -28,9 +29,9 @@ def _attention_shapes(model: MoEModel) -> dict[str, Shape]:
     queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
     sizes = {"q": queries, "k": keys, "v": keys}
     shapes: dict[str, Shape] = {f"{x}_proj.weight": (size, model.hidden) for x, size in sizes.items()}
-    if model.family == "qwen2moe":
+    if model.family in QKV_BIAS:
         shapes |= {f"{x}_proj.bias": (size,) for x, size in sizes.items()}
-    if model.family == "qwen3moe":
+    if model.family in QK_NORM:
         shapes |= {"q_norm.weight": (model.head_dim,), "k_norm.weight": (model.head_dim,)}
     return shapes | {"o_proj.weight": (model.hidden, queries)}
 
@@ -51,7 +52,7 @@ def _layer_shapes(model: MoEModel, layer: int) -> dict[str, Shape]:
         shapes |= {f"mlp.experts.{expert}.{k}": v for k, v in _mlp_shapes(model, model.ffn).items()}
     if model.shared_ffn:
         shapes |= {f"mlp.shared_expert.{k}": v for k, v in _mlp_shapes(model, model.shared_ffn).items()}
-        shapes |= {"mlp.shared_expert_gate.weight": (1, model.hidden)}
+        shapes |= {"mlp.shared_expert_gate.weight": (1, model.hidden)} if model.family in SHARED_GATE else {}
     return shapes
 
 
@@ -89,6 +90,22 @@ def canonical(model: MoEModel, role: str, seed: int) -> Mapping[str, torch.Tenso
     """The weights of a role's model, float64, from `seed` alone; each tensor has its own random stream. Read only."""
     drawn = {name: _draw(model, role, seed, name, shape) for name, shape in shapes(model, role).items()}
     return MappingProxyType(drawn)
+
+
+BIAS_STEPS = 8  # a loaded bias is a multiple of such a part of the spread: exact in float32, as megatron keeps it
+
+
+@lru_cache(maxsize=16)
+def expert_biases(model: MoEModel, role: str, seed: int) -> Mapping[str, torch.Tensor]:
+    """The biases [E] of each router by name; none where the model has none. They are no parameters. Read only."""
+    names = [f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in model.moe if model.expert_bias]
+    spread = model.expert_bias / BIAS_STEPS
+    return MappingProxyType({name: _steps(seed, role, name, model.experts) * spread for name in names})
+
+
+def _steps(seed: int, role: str, name: str, number: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(int(uniform("bias", seed, role, name) * 2**31))
+    return (torch.randn(number, generator=generator, dtype=torch.float64) * BIAS_STEPS).round()
 
 
 ROW_PARALLEL = ("o_proj.weight", "down_proj.weight")  # cut along the input, axis 1

@@ -33,6 +33,8 @@ LAWS: tuple[Law, ...] = (
     updates.gradient_norm_matches_the_reference,
     updates.the_optimizer_does_its_formula,
     updates.weights_and_moments_match_the_reference,
+    state.expert_biases_are_the_same_on_all_ranks,
+    updates.expert_biases_follow_the_load,
     updates.later_mini_batches_move,
     state.replicas_are_bitwise_identical,
     state.rows_are_the_same_on_model_parallel_ranks,

@@ -5,12 +5,13 @@ Expected numbers come from the case and the shard map's coordinates; nothing is 
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import BOUNDS, Finding, certain_iterations, compare, iterations
-from toy_models import weights
+from toy_models import routing, weights
 from toy_models.coordinates import coordinates, layers_on
 
 
@@ -109,21 +110,39 @@ def combine_of_dispatch_is_the_sum_of_probabilities(
     return len(ledgers)
 
 
-def _formula(case: Case, hidden: torch.Tensor, router: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gates [tokens, E], zero where not chosen, and the margin [tokens] between the last chosen logit and the next."""
-    logits, k = hidden.double() @ router.t(), case.model.top_k
+class _Router(NamedTuple):
+    """What a router has learned: `weight` [E, H] and, where there is one, the `bias` [E] that it chooses by."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def _formula(case: Case, hidden: torch.Tensor, router: _Router) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gates [tokens, E], zero where not chosen; which are chosen; the margin [tokens] of the nearest choice."""
+    logits = hidden.double() @ router.weight.t()
+    if case.model.plain_router:
+        return _plain(case, logits)
+    choice = routing.choose(case.model, logits, router.bias)
+    gates = torch.zeros_like(logits).scatter(1, choice.experts, routing.gates(case.model, logits, choice.experts))
+    return gates, torch.zeros_like(logits).scatter(1, choice.experts, 1.0).bool(), choice.margin
+
+
+def _plain(case: Case, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same for the plain softmax router, all tokens at once."""
+    k = case.model.top_k
     top = logits.topk(min(k + 1, case.model.experts), dim=1)
     margin = (
         top.values[:, k - 1] - top.values[:, k] if k < case.model.experts else torch.full_like(logits[:, 0], torch.inf)
     )
     chosen = torch.zeros_like(logits).scatter(1, top.indices[:, :k], 1.0)
     gates = logits.softmax(1) * chosen
-    return (gates / gates.sum(1, keepdim=True) if case.model.norm_topk_prob else gates), margin
+    gates = gates / gates.sum(1, keepdim=True) if case.model.norm_topk_prob else gates
+    return gates, chosen.bool(), margin
 
 
-def _misrouted(case: Case, rank: Observation, key: str, router: torch.Tensor) -> Finding | None:
+def _misrouted(case: Case, rank: Observation, key: str, router: _Router) -> Finding | None:
     seen = {name: rank.tensors[f"{key}/{name}"] for name in ("hidden", "probs", "map")}
-    gates, margin = _formula(case, seen["hidden"], router)
+    gates, chosen, margin = _formula(case, seen["hidden"], router)
     clear = margin > (1e-9 if case.precision == "float64" else 1e-5)
     bound = BOUNDS[case.precision]["forward"]
     counts = seen["map"].sum(1)
@@ -133,24 +152,26 @@ def _misrouted(case: Case, rank: Observation, key: str, router: torch.Tensor) ->
         return Finding(
             where, f"{case.model.top_k} experts", f"{int(counts[t])}", "a token has not top_k distinct experts"
         )
-    wrong = ((gates > 0) != seen["map"].bool()).any(1) & clear
+    wrong = (chosen != seen["map"].bool()).any(1) & clear
     if wrong.any():
         t = int(wrong.int().argmax())
-        experts = str(gates[t].nonzero().flatten().tolist()), str(seen["map"][t].nonzero().flatten().tolist())
+        experts = str(chosen[t].nonzero().flatten().tolist()), str(seen["map"][t].nonzero().flatten().tolist())
         return Finding(f"rank {rank.rank}, {key}, token {t}", *experts, "a token goes to the wrong experts")
-    return compare(f"{key}/probs", rank.rank, seen["probs"][clear], gates[clear], 1.0, bound)
+    return compare(f"{key}/probs", rank.rank, seen["probs"][clear], gates[clear], max(1.0, case.model.scaling), bound)
 
 
 def routing_is_valid(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
     """From each router's observed input: the top_k experts of the greatest logits, gates as the score function says."""
-    weight = weights.canonical(case.model, "actor", case.seed)
+    learned = weights.canonical(case.model, "actor", case.seed)
+    biases = weights.expert_biases(case.model, "actor", case.seed)
     judged = 0
     for i in certain_iterations(case, reference):
         if i > 0:
             break  # later iterations route with updated weights, judged against the reference
         for layer in case.model.moe:
-            router = weight[f"model.layers.{layer}.mlp.gate.weight"]
-            router = router if case.precision == "float64" else router.float().double()
+            weight = learned[f"model.layers.{layer}.mlp.gate.weight"]
+            weight = weight if case.precision == "float64" else weight.float().double()
+            router = _Router(weight, biases.get(f"model.layers.{layer}.mlp.gate.e_score_correction_bias"))
             for rank in (r for r in ranks if layer in layers_on(case.layout, case.model.layers, r.rank)):
                 found = _misrouted(case, rank, f"{i}/route/{layer}", router)
                 if found:

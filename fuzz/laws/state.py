@@ -8,7 +8,7 @@ import torch
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import STATES, TRAINED, Finding, iterations, steps, updated
 from toy_models import weights
-from toy_models.coordinates import chunks, coordinates, is_last
+from toy_models.coordinates import chunks, coordinates, is_last, layers_on
 from toy_models.coordinates import groups as expected_groups
 
 
@@ -17,11 +17,18 @@ def _due(case: Case, rank: int, reference: Observation) -> list[str]:
     due = []
     for key in reference.tensors:
         parts = key.split("/")
-        held = len(parts) < 5 or parts[4] in weights.held(case.model, case.layout, parts[2], rank)
+        held = len(parts) < 5 or _holds(case, rank, parts[2], parts[4])
         seen = parts[-1] not in ("logits", "logp") or is_last(case.layout, rank)
         if held and seen and "margin" not in parts:
             due.append(key)
     return due
+
+
+def _holds(case: Case, rank: int, role: str, name: str) -> bool:
+    """Whether a rank has a part of a tensor: of a router's biases each rank of the layer has all."""
+    if name.endswith("e_score_correction_bias"):
+        return weights.layer_of(name) in layers_on(case.layout, case.model.layers, rank)
+    return name in weights.held(case.model, case.layout, role, rank)
 
 
 def everything_asked_for_is_done(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
@@ -71,6 +78,19 @@ def replicas_are_bitwise_identical(case: Case, ranks: Sequence[Observation], ref
                     if found:
                         raise Violation(case, "replicas are bitwise identical", *found)
                 judged += len(members) > 1
+    return judged
+
+
+def expert_biases_are_the_same_on_all_ranks(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """Every rank that has a layer, over TP, CP and DP, has bitwise the same biases in its router after every step."""
+    judged = 0
+    for name in weights.expert_biases(case.model, "actor", case.seed):
+        members = [rank for rank in range(case.layout.world) if _holds(case, rank, "actor", name)]
+        for key in (f"{step.key}/{role}/expert_bias/{name}" for step in steps(case) for role in TRAINED):
+            found = _unlike_replica(ranks, members, key)
+            if found:
+                raise Violation(case, "expert biases are the same on all ranks", *found)
+        judged += len(members) > 1
     return judged
 
 

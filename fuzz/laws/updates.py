@@ -27,6 +27,7 @@ from fuzz.laws.compare import (
 )
 from toy_models import weights
 
+BIAS_BOUND = 1e-6  # megatron keeps expert biases in float32, whatever the precision
 METRICS = ("policy_loss", "entropy", "approx_kl", "clip_fraction", "value_loss", "value_clip_fraction")
 
 
@@ -213,6 +214,24 @@ def weights_and_moments_match_the_reference(case: Case, ranks: Sequence[Observat
                 if found:
                     raise Violation(case, "weights and moments match the reference", *found)
             judged += 1
+    return judged
+
+
+def expert_biases_follow_the_load(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """After each step a bias is one rate higher where its expert had fewer tokens than the mean, lower where more.
+
+    Counted over all tokens of the mini-batch, of all ranks. The bound is float32's: megatron keeps biases in it.
+    """
+    judged = 0
+    for step in certain_steps(case, reference):
+        for role in TRAINED:
+            for name in weights.expert_biases(case.model, role, case.seed):
+                key = f"{step.key}/{role}/expert_bias/{name}"
+                for rank in (rank for rank in ranks if key in rank.tensors):
+                    found = compare(key, rank.rank, rank.tensors[key], reference.tensors[key], 1.0, BIAS_BOUND)
+                    if found:
+                        raise Violation(case, "expert biases follow the load", *found)
+                    judged += 1
     return judged
 
 

@@ -11,7 +11,7 @@ from megatron.core.transformer.moe import moe_utils, router, token_dispatcher
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 
-from toy_models.planted.rewrite import after_init, rewrite, wrap
+from toy_models.planted.rewrite import after_init, rewrite, rewrite_everywhere, wrap
 
 
 def gates_softmaxed_before_top_k() -> None:
@@ -54,6 +54,35 @@ def weakest_experts_chosen() -> None:
         ("return torch.topk(scores, k=topk, dim=1)", "return torch.topk(scores, k=topk, dim=1, largest=False)"),
     )
     router.topk_routing_with_score_function = moe_utils.topk_routing_with_score_function
+
+
+def expert_biases_in_the_gates() -> None:
+    """The biases by which experts are chosen also weigh their outputs.
+
+    No upstream commit; DeepSeek-V3 (arXiv:2412.19437, 2.1.2): the bias term is only used for routing.
+    minimal: world=1
+    """
+    old, new = "torch.gather(scores, dim=1", "torch.gather(scores_for_routing, dim=1"
+    rewrite_everywhere(moe_utils, "topk_routing_with_score_function", (old, new))
+
+
+def groups_scored_by_their_best_expert() -> None:
+    """A group of experts is chosen for its best expert, not for as many as it must give.
+
+    No upstream commit; DeepSeek-V2's rule (arXiv:2405.04434) where V3's is asked for.
+    minimal: world=1
+    """
+    rewrite(moe_utils, "group_limited_topk", (".topk(topk // group_topk, dim=-1)", ".topk(1, dim=-1)"))
+
+
+def scaling_of_pre_softmax_alone() -> None:
+    """Gates that are normalised are not scaled.
+
+    No upstream commit; megatron-core's own page of moe_router_topk_scaling_factor says so, and its code does not.
+    minimal: world=1
+    """
+    old, new = "if scaling_factor:", "if scaling_factor and use_pre_softmax:"
+    rewrite_everywhere(moe_utils, "topk_routing_with_score_function", (old, new))
 
 
 def chunks_restored_by_the_wrong_shape() -> None:

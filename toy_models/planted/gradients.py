@@ -3,9 +3,11 @@
 The first line says what breaks, the second where it comes from, the third the smallest layout that shows it.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -60,6 +62,33 @@ def balance_gradients_not_averaged() -> None:
     """
     old, new = "loss_scale * cp_group_size / num_microbatches", "loss_scale * cp_group_size"
     rewrite(schedules, "forward_step_calc_loss", (old, new))
+
+
+def expert_biases_of_the_own_load() -> None:
+    """Each rank moves its routers' biases by the tokens that it has itself: replicas come to choose other experts.
+
+    No upstream commit; the class of NVIDIA/Megatron-LM#2237: a sum over ranks left out.
+    minimal: world=2
+    """
+
+    def around(original: Callable, *args: Any) -> torch.Tensor:
+        with mock.patch.object(dist, "all_reduce", lambda *_, **__: None):
+            return original(*args)  # type: ignore[no-any-return]
+
+    wrap(importlib.import_module("megatron.core.distributed.finalize_model_grads"), "get_updated_expert_bias", around)
+
+
+def expert_biases_follow_the_crowd() -> None:
+    """Biases grow where an expert has more tokens than the mean.
+
+    No upstream commit; a sign turned round.
+    minimal: world=1
+    """
+
+    def around(original: Callable, tokens: torch.Tensor, bias: torch.Tensor, rate: float, *args: Any) -> torch.Tensor:
+        return original(tokens, bias, -rate, *args)  # type: ignore[no-any-return]
+
+    wrap(importlib.import_module("megatron.core.distributed.finalize_model_grads"), "get_updated_expert_bias", around)
 
 
 def z_loss_not_divided_by_tp() -> None:

@@ -4,18 +4,21 @@ A mend touches only the region that its entry in `fuzz/known.py` names, so that 
 itself is shown on stock megatron-core by the entry's example.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.tensor_parallel import layers, scatter_to_sequence_parallel_region
 from megatron.core.transformer import transformer_block, transformer_layer
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from toy_models.planted.rewrite import rewrite, rewrite_everywhere, wrap
@@ -159,3 +162,31 @@ def padding_mask_scattered_on_every_stage() -> None:
     NVIDIA/Megatron-LM#5563; the same where `decoder_input` is given.
     """
     wrap(GPTModel, "_preprocess", _scattered)
+
+
+def _per_token(original: Callable, self: Any, routing_map: torch.Tensor, padding_mask: Any = None) -> None:
+    original(self, routing_map, padding_mask=None if padding_mask is None else padding_mask[:, None])
+
+
+def padding_mask_of_expert_biases() -> None:
+    """Expert biases: the padding mask [tokens] leaves tokens out of the load [tokens, E], and not experts.
+
+    NVIDIA/Megatron-LM#6111, mended by #6114.
+    """
+    wrap(TopKRouter, "_apply_expert_bias", _per_token)
+
+
+def _over_own_ranks(original: Callable, model: Any, config: Any) -> None:
+    routers = [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
+    group = routers[0].tp_dp_cp_group if routers else None
+    with mock.patch.object(parallel_state, "get_tensor_and_data_parallel_group", lambda **_: group):
+        original(model, config)
+
+
+def expert_biases_over_the_given_groups() -> None:
+    """Expert biases: the load is summed over the model's own TP x CP x DP group, not over that of parallel_state.
+
+    docs/findings/expert-biases-of-other-groups.md; 0.19 takes the group as an argument.
+    """
+    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    wrap(module, "_update_router_expert_bias", _over_own_ranks)

@@ -1,0 +1,89 @@
+"""The router's formulas of `docs/ppo.md`: which experts a token goes to, with which gates, and how near the choice was.
+
+Plain loops over tokens, for the reference and for the law that judges routers. Knows no module, no layout, no library
+but torch. Shapes: N tokens, E experts, K chosen per token.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from toy_models.spec import MoEModel
+
+TINY = 1e-300  # below every score: a division by it says that two zeros are a tie
+
+
+class Choice(NamedTuple):
+    """The `experts` [N, K] of each token, and the `margin` [N] by which the nearest discrete choice was made.
+
+    Logits differ by a margin; scores (probabilities, sigmoids with their biases) by a share of their size.
+    """
+
+    experts: torch.Tensor
+    margin: torch.Tensor
+
+
+def choose(model: MoEModel, logits_NE: torch.Tensor, bias_E: torch.Tensor | None = None) -> Choice:
+    """The top_k experts of the greatest scores, in the groups of the greatest scores where groups are limited."""
+    scores, sizes = _scores(model, logits_NE.detach().double(), bias_E)
+    found = [_choose(model, *token) for token in zip(scores.tolist(), sizes.tolist(), strict=True)]
+    experts = torch.tensor([experts for experts, _ in found], dtype=torch.int64).reshape(-1, model.top_k)
+    return Choice(experts, torch.tensor([margin for _, margin in found], dtype=torch.float64))
+
+
+def counted(model: MoEModel, logits_NE: torch.Tensor) -> Choice:
+    """The experts for which balance losses count a token: of the greatest logits, whatever biases and groups say."""
+    return choose(replace(model, expert_bias=0.0, bias_rate=0.0, group_topk=0), logits_NE)
+
+
+def _scores(model: MoEModel, logits: torch.Tensor, bias_E: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What experts are chosen by, and against which size a difference counts."""
+    if model.score == "sigmoid":
+        scores = logits.sigmoid()
+        return (scores, scores) if bias_E is None else (scores + bias_E, scores + bias_E.abs())
+    if model.norm_topk_prob or not model.group_topk:  # softmax keeps the order of logits
+        return logits, torch.ones_like(logits)
+    return logits.softmax(-1), logits.softmax(-1)
+
+
+def _choose(model: MoEModel, scores: list[float], sizes: list[float]) -> tuple[list[int], float]:
+    if not model.group_topk:
+        return _best(model.top_k, list(range(model.experts)), scores, sizes)
+    size = model.experts // model.expert_groups
+    members = [list(range(g * size, (g + 1) * size)) for g in range(model.expert_groups)]
+    counts = model.top_k // model.group_topk  # experts by which a group is judged
+    best = [sorted(some, key=lambda e: -scores[e])[:counts] for some in members]
+    of_groups = [[sum(values[e] for e in some) for some in best] for values in (scores, sizes)]
+    groups, among_groups = _best(model.group_topk, list(range(model.expert_groups)), *of_groups)
+    experts, among_experts = _best(model.top_k, [e for g in groups for e in members[g]], scores, sizes)
+    return experts, min(among_groups, among_experts)
+
+
+def _best(number: int, some: list[int], scores: list[float], sizes: list[float]) -> tuple[list[int], float]:
+    """So many of the greatest score, and the distance of the last of them to the next, as a share of their size."""
+    ranked = sorted(some, key=lambda e: -scores[e])
+    if number == len(some):
+        return ranked, float("inf")
+    last, next_ = ranked[number - 1], ranked[number]
+    return ranked[:number], (scores[last] - scores[next_]) / max(sizes[last], sizes[next_], TINY)
+
+
+def gates(model: MoEModel, logits_NE: torch.Tensor, experts_NK: torch.Tensor) -> torch.Tensor:
+    """The weights [N, K] of the chosen experts' outputs: biases choose and weigh nothing."""
+    if model.score == "sigmoid":
+        scores = logits_NE.sigmoid().gather(1, experts_NK)
+        found = scores / (scores.sum(-1, keepdim=True) + 1e-20) if model.top_k > 1 else scores
+    elif model.norm_topk_prob:
+        found = logits_NE.gather(1, experts_NK).softmax(-1)
+    else:
+        found = logits_NE.softmax(-1).gather(1, experts_NK)
+    return found * model.scaling
+
+
+def shares(model: MoEModel, logits_NE: torch.Tensor) -> torch.Tensor:
+    """Each expert's share [N, E] of a token, as balance losses count it: scores that add up to one."""
+    if model.score == "sigmoid":
+        scores = logits_NE.sigmoid()
+        return scores / (scores.sum(-1, keepdim=True) + 1e-20)
+    return logits_NE.softmax(-1)
