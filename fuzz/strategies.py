@@ -38,6 +38,8 @@ Draw = st.Draw
 CHOICES = {"family": FAMILIES, "precision": PRECISIONS, "twin": TWINS, "dispatcher": DISPATCHERS}
 MOST_STAGES = 8  # with virtual ones; of more than half as many each has one layer
 MOST_ROWS = 16  # several micro-batches per rank are drawn only where all rows together stay within this
+BIASES = ((0.5, 0.0625), (0.125, 0.5), (0.5, 0.0), (0.125, 0.0625))  # spread and rate of expert biases
+IDLE = 192  # of 256 numbers, from which on groups of experts are not limited
 BUSY = 3  # steps between a case with no option on and one with most of them
 # Before anything else Hypothesis goes once through all choices that are drawn from 0 on and lie below this, first to
 # last, puts each to 0, and tries the smaller values of those that others hang on. So a failure goes to a smaller world,
@@ -322,13 +324,18 @@ def _model(draw: Draw, busy: int, layout: Layout, sizes: Mapping[str, Any], fami
 
 def _router(draw: Draw, busy: int, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """How experts are chosen. Groups are now and then there and not limited: then they do nothing."""
-    drawn = {name: _switched(draw, busy, name) for name in ("score", "expert_bias", "bias_rate", "scaling")}
-    drawn["expert_bias"] *= drawn["score"] == "sigmoid"
-    drawn["bias_rate"] *= drawn["expert_bias"] > 0
-    grouped, idle, which = _option(draw, busy), draw(st.integers(0, 3)) == 3, draw(st.integers(0, 255))
+    score, biased, biases = "sigmoid" if _option(draw, busy) else "softmax", _option(draw, busy), _one(draw, BIASES)
+    grouped, which, scaling = _option(draw, busy), draw(st.integers(0, 255)), _switched(draw, busy, "scaling")
+    spread, rate = biases if biased and score == "sigmoid" else (0.0, 0.0)
     pairs = groupings(sizes["experts"], sizes["top_k"])
     groups, limit = pairs[which % len(pairs)] if grouped else (0, 0)
-    return drawn | {"expert_groups": groups, "group_topk": 0 if idle else limit}
+    limit = 0 if which >= IDLE else limit
+    drawn = {"score": score, "scaling": scaling, "expert_bias": spread, "bias_rate": rate}
+    return drawn | {"expert_groups": groups, "group_topk": limit}
+
+
+def _one(draw: Draw, values: Sequence[Any]) -> Any:
+    return draw(st.sampled_from(values))
 
 
 def _rows(layout: Layout, shape: dict[str, int]) -> int:

@@ -30,6 +30,11 @@ SHARED = MoEModel(family="qwen2moe", heads=2, kv_heads=2, experts=3, top_k=2, sh
 MIXTRAL = MoEModel(family="mixtral", heads=2, kv_heads=2, top_k=2, norm_topk_prob=True, layers=2)
 DENSE = replace(GROUPED, layers=4, dense=(1,), dense_ffn=3)
 SKEWED = MoEModel(experts=4, skew=4.0, aux_loss=0.3, z_loss=0.1)
+BIASED = MoEModel(
+    family="glm4moe", heads=2, kv_heads=2, experts=4, top_k=2, norm_topk_prob=True, shared_ffn=4, aux_loss=1.0,
+    score="sigmoid", expert_bias=0.5, bias_rate=0.0625, scaling=2.5, expert_groups=2, group_topk=1,
+)  # fmt: skip
+DOUBLE = Switches(router_dtype="fp64", dispatcher="allgather")
 ADAM = PPO(optimizer="adam", lr=0.03, critic_lr=0.03, eps=1e-2, mini_batches=2, weight_decay=0.1, max_norm=0.3)
 SGD = PPO(mini_batches=2, epochs=2, momentum=0.9, temperature=0.7, entropy_coef=0.1, kl_coef=0.1, whiten=True)
 RAGGED = Batch(rows=4, prompt=3, response=4, raggedness="ragged")
@@ -53,6 +58,8 @@ HEALTHY = (
     Case(layout=Layout(world=2, pp=2), model=MIXTRAL, batch=RAGGED, switches=Switches(deallocate=True)),
     Case(layout=Layout(world=2, ep=2), batch=RAGGED, switches=Switches(decoder_input=True), twin="plain_switches"),
     Case(layout=Layout(world=2, cp=2), model=SKEWED, batch=HOLES, ppo=ADAM),
+    Case(layout=Layout(world=2, tp=2), model=BIASED, batch=RAGGED, ppo=SGD, switches=Switches(padding_mask="padding")),
+    Case(layout=Layout(world=2, ep=2), model=BIASED, batch=HOLES, precision="float32", switches=DOUBLE),
     Case(layout=Layout(world=4, pp=2, vpp=2), model=DENSE, batch=RAGGED, switches=Switches(p2p="overlapped")),
     Case(layout=Layout(world=4, cp=2, tp=2, order="cp-tp-ep-dp-pp"), model=replace(GROUPED, kv_heads=1), batch=HOLES),
 )
