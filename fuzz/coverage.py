@@ -165,6 +165,8 @@ DIMENSIONS: dict[str, Dimension] = {
     "tied": _on("model.tied"),
     "skew": _on("model.skew"),
     "aux loss": _on("model.aux_loss"),
+    "sequence aux loss": _on("model.seq_aux_loss"),
+    "global aux loss": _on("model.global_aux_loss"),
     "z loss": _on("model.z_loss"),
     "rows of a micro-batch": _many("batch.micro_rows"),
     "response": _many("batch.response"),

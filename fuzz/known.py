@@ -146,7 +146,7 @@ KNOWN = (
             case.switches.padding_mask != "none"
             and case.layout.tp > 1
             and (case.layout.pp > 1 or case.switches.decoder_input)
-            and bool(case.model.aux_loss or case.model.z_loss)
+            and case.model.balance > 0
         ),
         law="every rank finishes",
         mend="toy_models.planted.mends:padding_mask_scattered_on_every_stage",

@@ -55,14 +55,14 @@ def kind(case: Case, law: str) -> str:
     """Which self-contained script a law has; empty where it needs the whole PPO step. On one rank a wrong gate shows
     in losses that plain torch computes.
 
-    Routers other than the plain one, and a shared expert without a gate, are in none. Context parallelism needs an
-    attention of its own, and virtual or uneven stages a map of layers: more lines than a script has. The ledger of the
-    dispatch reads who is whose peer off the default order.
+    Routers other than the plain one, a shared expert without a gate, and other load losses, are in none. Context
+    parallelism needs an attention of its own, and virtual or uneven stages a map of layers: more lines than a script
+    has. The ledger of the dispatch reads who is whose peer off the default order.
     """
     found = next((kind for kind, laws in KINDS.items() if law in laws), "")
     model, layout = case.model, case.layout
     long = layout.cp > 1 or layout.vpp > 1 or layout.split != "even" or (layout.pp > 1 and model.tied)
-    if not model.plain_router or model.family == "glm4moe":
+    if not model.plain_router or model.family == "glm4moe" or model.seq_aux_loss or model.global_aux_loss:
         return ""
     if layout.world == 1 and (found == "gradients" or law == "routing is valid"):
         return "alone"

@@ -47,6 +47,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "pad_is_eos": (False, True),
     "skew": (0.0, 4.0, 10.0, 1.0),
     "aux_loss": (0.0, 1.0, 0.3, 7.0),
+    "seq_aux_loss": (0.0, 1.0, 0.3, 7.0),
+    "global_aux_loss": (0.0, 1.0, 0.3, 7.0),
     "z_loss": (0.0, 0.1, 0.03, 1.0),
     "score": SCORES,
     "expert_bias": (0.0, 0.5, 0.125),

@@ -316,6 +316,8 @@ def _model(draw: Draw, busy: int, layout: Layout, sizes: Mapping[str, Any], fami
         tied=_option(draw, busy),
         skew=_switched(draw, busy, "skew"),
         aux_loss=_switched(draw, busy, "aux_loss"),
+        seq_aux_loss=_switched(draw, busy, "seq_aux_loss"),
+        global_aux_loss=_switched(draw, busy, "global_aux_loss"),
         z_loss=_switched(draw, busy, "z_loss"),
         dense=dense,
         dense_ffn=dense_ffn if dense else 0,

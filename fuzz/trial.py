@@ -170,7 +170,7 @@ def _reference_key(case: Case) -> tuple:
     """What the reference depends on: of the layout the padding, and with balance losses the micro-batches."""
     width = padded_width(case.layout, case.batch)
     key = (case.model, case.batch, case.ppo, case.program, case.precision, case.seed, width)
-    if not (case.model.aux_loss or case.model.z_loss):
+    if not case.model.balance:
         return (*key, case.switches.padding_mask == "padding") if case.model.bias_rate else key
     shards = (case.layout.tp, case.layout.cp) if case.switches.padding_mask == "padding" else None
     return (*key, partition(case.layout, case.batch, case.ppo), shards)

@@ -85,6 +85,14 @@ PLANTED: dict[str, tuple[Case, Law]] = {
         Case(model=BIASED, batch=ROWS),
         updates.expert_biases_follow_the_load,
     ),
+    "gradients:sequence_losses_added_up": (
+        Case(model=MoEModel(seq_aux_loss=1.0), batch=Batch(rows=2, prompt=3, micro_rows=2)),
+        updates.gradients_match_the_reference,
+    ),
+    "gradients:global_load_of_one_micro_batch": (
+        Case(model=MoEModel(experts=3, global_aux_loss=1.0), batch=Batch(rows=3, prompt=3)),
+        updates.gradients_match_the_reference,
+    ),
     "gradients:z_loss_not_divided_by_tp": (
         Case(layout=TP, model=MoEModel(heads=2, kv_heads=2, z_loss=0.1), batch=ROW),
         updates.gradients_match_the_reference,

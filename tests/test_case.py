@@ -108,6 +108,8 @@ FILES[3] = replace(
         scaling=2.5,
         expert_groups=2,
         group_topk=1,
+        seq_aux_loss=0.5,
+        global_aux_loss=2.0,
     ),
     switches=replace(FILES[2].switches, router_dtype="fp64"),
 )

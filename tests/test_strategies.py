@@ -247,6 +247,8 @@ REACHED: dict[str, tuple[Any, ...]] = {
     "switches.router_dtype": ROUTER_DTYPES,
     "model.skew": (0.0, 4.0, 10.0, 1.0),
     "model.aux_loss": (0.0, 1.0, 0.3, 7.0),
+    "model.seq_aux_loss": (0.0, 1.0, 0.3, 7.0),
+    "model.global_aux_loss": (0.0, 1.0, 0.3, 7.0),
     "model.z_loss": (0.0, 0.1, 0.03, 1.0),
     "batch.raggedness": RAGGEDNESS,
     "batch.prompt": range(1, 7),

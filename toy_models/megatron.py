@@ -63,6 +63,16 @@ class ScalarHead(torch.nn.Module):
         return values, None
 
 
+def _balancing(model: MoEModel) -> dict[str, Any]:
+    """One load balancing type as a name, several as a list."""
+    names, coefficients = list(model.load_losses) or ["none"], list(model.load_losses.values()) or [0.0]
+    several = len(names) > 1
+    return {
+        "moe_router_load_balancing_type": names if several else names[0],
+        "moe_aux_loss_coeff": coefficients if several else coefficients[0],
+    }
+
+
 def _options(model: MoEModel) -> dict[str, Any]:
     """What the model asks of TransformerConfig, whatever the layout."""
     return {
@@ -83,8 +93,7 @@ def _options(model: MoEModel) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": model.scaling if model.scaling != 1 else None,
         "moe_router_num_groups": model.expert_groups or None,
         "moe_router_group_topk": model.group_topk or None,
-        "moe_router_load_balancing_type": "aux_loss" if model.aux_loss else "none",
-        "moe_aux_loss_coeff": model.aux_loss,
+        **_balancing(model),
         "moe_z_loss_coeff": model.z_loss or None,
         "moe_shared_expert_intermediate_size": model.shared_ffn or None,
         "moe_shared_expert_gate": model.family in weights.SHARED_GATE,
@@ -342,12 +351,21 @@ def make_role(case: Any, name: str, groups: ProcessGroupCollection) -> Role:
     biases = weights.expert_biases(case.model, name, case.seed)
     for piece, buffer in role.expert_biases().items():
         buffer.copy_(biases[piece])
+    if case.precision == "float64":
+        _count_widely(role)
     if name in TRAINED:
         _learns(role, config, case.ppo, case.precision, explicit)
     else:
         for gpt in gpts:
             gpt.requires_grad_(False)
     return role
+
+
+def _count_widely(role: Role) -> None:
+    """float64 for the running mean of loads, which megatron keeps in float32 by name."""
+    for router in (layer.mlp.router for layer in role.moe_layers().values() if role.model.global_aux_loss):
+        for name in ("global_tokens_per_expert", "ga_steps"):
+            setattr(router, name, getattr(router, name).double())
 
 
 def _learns(

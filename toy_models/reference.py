@@ -172,7 +172,7 @@ def _update(now: Run, iteration: int, experience: Experience) -> None:
 def _forward_mini_batch(now: Run, leaves: Tensors, of: Responses, micro_batches: list[tuple[int, ...]]) -> list[Pass]:
     """One pass per micro-batch; one for all together where no balance loss could tell the difference."""
     model, masked = now.case.model, now.case.switches.padding_mask == "padding"
-    if not model.aux_loss and not model.z_loss:
+    if not model.balance:
         micro_batches = [tuple(row for micro in micro_batches for row in micro)]
     passes = [(list(micro), forward(model, leaves, of.sequences[list(micro)])) for micro in micro_batches]
     return [one._replace(padding=of.padding[rows]) if masked else one for rows, one in passes]

@@ -100,7 +100,7 @@ def _routing(model: MoEModel, gate: torch.nn.Module, out: tuple[torch.Tensor, ..
     if model.plain_router:
         return Routing(logits, experts)
     margin = routing.choose(model, logits, _bias(gate)).margin
-    return Routing(logits, experts, margin, routing.counted(model, logits) if model.aux_loss else None)
+    return Routing(logits, experts, margin, routing.counted(model, logits) if model.load_losses else None)
 
 
 def head(state: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -50,16 +50,60 @@ def smallest(numbers: torch.Tensor) -> float:
     return numbers.min().item() if numbers.numel() else float("inf")
 
 
+def _load_loss(model: MoEModel, shares_NE: torch.Tensor, counts: Sequence[float], tokens: float) -> torch.Tensor:
+    """The sum over experts of the share and the load of each, so that an even load of so many tokens gives 1."""
+    total = shares_NE.new_zeros(())
+    for expert, count in enumerate(counts):
+        total = total + shares_NE[:, expert].sum() * count
+    return total * model.experts / (model.top_k * tokens**2)
+
+
+def _counts(model: MoEModel, routing: Routing, valid_N: torch.Tensor) -> list[int]:
+    """How many of the valid tokens have each expert among those of the greatest logits."""
+    experts_NK = routing.experts if routing.counted is None else routing.counted.experts
+    return [int((experts_NK[valid_N] == expert).sum()) for expert in range(model.experts)]
+
+
 def _aux_loss(model: MoEModel, routing: Routing, valid_N: torch.Tensor) -> torch.Tensor:
     """Load balancing over the valid tokens of one micro-batch and one layer."""
-    experts_NK = (routing.experts if routing.counted is None else routing.counted.experts)[valid_N]
     shares_NE = shares(model, routing.logits)[valid_N]
-    num_tokens = shares_NE.shape[0]
-    total = shares_NE.new_zeros(())
-    for expert in range(model.experts):
-        count = int((experts_NK == expert).sum())
-        total = total + shares_NE[:, expert].sum() * count
-    return total * model.experts / (model.top_k * num_tokens**2)
+    return _load_loss(model, shares_NE, _counts(model, routing, valid_N), shares_NE.shape[0])
+
+
+def _seq_aux_loss(model: MoEModel, routing: Routing, valid_N: torch.Tensor, rows: int) -> torch.Tensor:
+    """The same row by row, the mean over rows; of every row so many tokens as rows have on average."""
+    tokens, total = int(valid_N.sum()) / rows, routing.logits.new_zeros(())
+    for row_N in torch.arange(len(valid_N)).chunk(rows):
+        mine = torch.zeros_like(valid_N)
+        mine[row_N] = valid_N[row_N]
+        shares_NE = shares(model, routing.logits)[mine]
+        total = total + _load_loss(model, shares_NE, _counts(model, routing, mine), tokens)
+    return total / rows
+
+
+def _global_aux_loss(
+    model: MoEModel, passes: Sequence[Pass], places: Sequence[Sequence[int]], layer: int
+) -> torch.Tensor:
+    """The sum over micro-batches: `places[d]` names those of DP rank d, in order.
+
+    The load is that of all DP ranks, the mean over their micro-batches so far.
+    """
+    total, so_far = passes[0].output.new_zeros(()), [0.0] * model.experts
+    for number, places_D in enumerate(zip(*places, strict=True), 1):
+        here = [(passes[at].routing[layer], _valid(passes[at])) for at in places_D]
+        for routing, valid_N in here:
+            so_far = [a + b for a, b in zip(so_far, _counts(model, routing, valid_N), strict=True)]
+        tokens = sum(int(valid_N.sum()) for _, valid_N in here)
+        for routing, valid_N in here:
+            shares_NE = shares(model, routing.logits)[valid_N]
+            total = total + _load_loss(model, shares_NE, [count / number for count in so_far], tokens)
+    return total
+
+
+def _valid(one: Pass) -> torch.Tensor:
+    """Which tokens [N] balance losses count."""
+    rows, width = one.output.shape[:2]
+    return torch.ones(rows * width, dtype=torch.bool) if one.padding is None else ~one.padding.flatten()
 
 
 def _z_loss(routing: Routing, valid_N: torch.Tensor, shards: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -77,15 +121,23 @@ def _shards(layout: Layout, rows: int, width: int) -> list[torch.Tensor]:
 
 
 def balance_loss(model: MoEModel, layout: Layout, micro_batches: Sequence[Pass]) -> torch.Tensor:
-    """Mean over the micro-batches of the sum over the layers of both balance losses, with their factors."""
+    """Mean over the micro-batches of the sum over the layers of all balance losses, with their factors.
+
+    The micro-batches are those of the first DP rank, then those of the second, and so on.
+    """
     total = micro_batches[0].output.new_zeros(())
-    for one in micro_batches if model.aux_loss or model.z_loss else ():
+    for one in micro_batches if model.balance else ():
         rows, width = one.output.shape[:2]
-        valid_N = torch.ones(rows * width, dtype=torch.bool) if one.padding is None else ~one.padding.flatten()
-        shards = _shards(layout, rows, width)
+        valid_N, shards = _valid(one), _shards(layout, rows, width)
         for layer in one.routing:
             total = total + model.aux_loss * _aux_loss(model, layer, valid_N)
+            total = total + model.seq_aux_loss * _seq_aux_loss(model, layer, valid_N, rows)
             total = total + model.z_loss * _z_loss(layer, valid_N, shards)
+    if model.global_aux_loss:
+        places = torch.arange(len(micro_batches)).chunk(layout.dp)
+        for at in range(len(micro_batches[0].routing)):
+            losses = _global_aux_loss(model, micro_batches, [some.tolist() for some in places], at)
+            total = total + model.global_aux_loss * losses
     return total / len(micro_batches)
 
 
@@ -104,8 +156,7 @@ def _loads(model: MoEModel, passes: Sequence[Pass], at: int) -> list[int]:
     loads = [0] * model.experts
     for one in passes:
         experts_NK = one.routing[at].experts
-        valid_N = torch.ones(len(experts_NK), dtype=torch.bool) if one.padding is None else ~one.padding.flatten()
-        for expert in experts_NK[valid_N].flatten().tolist():
+        for expert in experts_NK[_valid(one)].flatten().tolist():
             loads[expert] += 1
     return loads
 

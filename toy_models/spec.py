@@ -176,7 +176,8 @@ class MoEModel:
     `ffn` is the width of one routed expert, `shared_ffn` that of the shared expert (Qwen2-MoE and GLM-4-MoE only, else
     0). The layers in `dense` (indices from 0, ascending) have one plain MLP of width `dense_ffn` in place of experts
     (not in Mixtral). `skew` pulls tokens towards expert 0: 0 is balanced, 4 starves most other experts. `aux_loss` and
-    `z_loss` are megatron's moe_aux_loss_coeff and moe_z_loss_coeff.
+    `z_loss` are megatron's moe_aux_loss_coeff and moe_z_loss_coeff; `seq_aux_loss` and `global_aux_loss` are the
+    coefficients of those load balancing types, of which several can be asked for at once.
 
     The router, of any family: `score` is moe_router_score_function; `expert_bias` the spread of the biases that are
     loaded, 0 for none, and `bias_rate` how far they move per step; `scaling` moe_router_topk_scaling_factor;
@@ -207,6 +208,8 @@ class MoEModel:
     scaling: float = 1.0
     expert_groups: int = 0
     group_topk: int = 0
+    seq_aux_loss: float = 0.0
+    global_aux_loss: float = 0.0
 
     def __post_init__(self) -> None:
         _check_choice(self, family=FAMILIES, score=SCORES)
@@ -214,6 +217,7 @@ class MoEModel:
         _check_counts(self, shared_ffn=0, vocab=4, dense_ffn=0)
         _check_flags(self, "norm_topk_prob", "tied")
         _check_reals(self, skew=(0, 100), aux_loss=(0, 100), z_loss=(0, 100))
+        _check_reals(self, seq_aux_loss=(0, 100), global_aux_loss=(0, 100))
         _require(self.top_k <= self.experts, f"top_k={self.top_k} exceeds experts={self.experts}")
         _require(
             self.heads % self.kv_heads == 0,
@@ -264,6 +268,17 @@ class MoEModel:
             limit == 0 or (groups > 0 and (groups, limit) in groupings(self.experts, self.top_k)),
             f"{said}: each of group_topk groups must give top_k//group_topk experts, at least one, and all top_k",
         )
+
+    @property
+    def load_losses(self) -> dict[str, float]:
+        """The coefficients of the losses that balance the load of experts, of those that are on, by megatron's name."""
+        names = ("aux_loss", "seq_aux_loss", "global_aux_loss")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+    @property
+    def balance(self) -> float:
+        """The sum of all coefficients of balance losses, which are taken per micro-batch."""
+        return sum(self.load_losses.values()) + self.z_loss
 
     @property
     def plain_router(self) -> bool:

@@ -207,7 +207,7 @@ def summands(case: Case, reference: Observation, iteration: str, role: str) -> f
     seen = {name: reference.tensors[f"{iteration}/{name}"] for name in ("advantages", "returns", "values")}
     own = seen["advantages"] if role == "actor" else seen["returns"] - seen["values"]
     entropy = abs(case.ppo.entropy_coef) if role == "actor" else 0.0
-    return float(own.abs().max()) + entropy + case.model.aux_loss + case.model.z_loss
+    return float(own.abs().max()) + entropy + case.model.balance
 
 
 def scales(case: Case, reference: Observation, prefix: str, names: Iterable[str]) -> dict[str, float]:

@@ -91,6 +91,25 @@ def expert_biases_follow_the_crowd() -> None:
     wrap(importlib.import_module("megatron.core.distributed.finalize_model_grads"), "get_updated_expert_bias", around)
 
 
+def sequence_losses_added_up() -> None:
+    """The load losses of the rows of a micro-batch are added up, not averaged.
+
+    No upstream commit; a mean over rows left out.
+    minimal: world=1
+    """
+    rewrite(TopKRouter, "_apply_seq_aux_loss", ("/ bsz\n", "\n"))
+
+
+def global_load_of_one_micro_batch() -> None:
+    """The global load loss takes the load of the micro-batch at hand, not the mean of those so far.
+
+    No upstream commit; a running mean that does not run.
+    minimal: world=1
+    """
+    old = "averated_tokens_per_expert = self.global_tokens_per_expert / self.ga_steps"
+    rewrite(TopKRouter, "_apply_global_aux_loss", (old, "averated_tokens_per_expert = global_tokens_per_expert"))
+
+
 def z_loss_not_divided_by_tp() -> None:
     """Every TP rank adds the whole z-loss, and the router's gradient is summed over TP.
 
