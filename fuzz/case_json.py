@@ -23,7 +23,7 @@ SINCE = {
     **dict.fromkeys(("switches.decoder_input", "switches.padding_mask", "switches.groups", "ppo.frozen"), 2),
     **dict.fromkeys(("model.score", "model.expert_bias", "model.bias_rate", "model.scaling"), 3),
     **dict.fromkeys(("model.expert_groups", "model.group_topk", "switches.router_dtype"), 3),
-    **dict.fromkeys(("model.seq_aux_loss", "model.global_aux_loss"), 3),
+    **dict.fromkeys(("model.seq_aux_loss", "model.global_aux_loss", "model.capacity", "model.pad_to_capacity"), 3),
 }
 TUPLES = ("layout.stages", "model.dense")  # fields that are lists of ints
 MOST_CHARACTERS = 100_000

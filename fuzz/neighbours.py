@@ -240,6 +240,7 @@ def _fit_family(v: dict[str, Any]) -> None:
     v["shared_ffn"] = (v["shared_ffn"] or 2 * v["tp"]) if v["family"] in SHARED else 0
     v["expert_bias"] = v["expert_bias"] if sigmoid else 0.0
     v["bias_rate"] = v["bias_rate"] if v["expert_bias"] else 0.0
+    v["pad_to_capacity"] = v["pad_to_capacity"] and 0 < v["capacity"] * v["top_k"] <= v["experts"]
     v["expert_groups"] = 0 if v["expert_groups"] and v["experts"] % v["expert_groups"] else v["expert_groups"]
     within_groups = (v["expert_groups"], v["group_topk"]) in groupings(v["experts"], v["top_k"])
     v["group_topk"] = v["group_topk"] if within_groups else 0

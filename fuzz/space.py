@@ -54,6 +54,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "expert_bias": (0.0, 0.5, 0.125),
     "bias_rate": (0.0, 0.0625, 0.5),  # as the spread exact in float32
     "scaling": (1.0, 2.5, 0.4),
+    "capacity": (0.0, 1.0, 0.5, 2.0, 8.0),
+    "pad_to_capacity": (False, True),
     "tied": (False, True),
     "temperature": (1.0, 0.7, 1.6),
     "gamma": (1.0, 0.9, 0.5),

@@ -16,6 +16,8 @@ TOP2 = MoEModel(experts=3, top_k=2, norm_topk_prob=True)
 FOUR = MoEModel(experts=4, top_k=2, norm_topk_prob=True)
 BIASED = MoEModel(experts=3, top_k=2, norm_topk_prob=True, score="sigmoid", expert_bias=0.5, bias_rate=0.5)
 GROUPED = replace(FOUR, expert_groups=2, group_topk=1)
+DROPPING = MoEModel(experts=3, top_k=2, norm_topk_prob=True, capacity=0.5)
+LONG = Batch(prompt=4, response=2)
 ROW = Batch(prompt=2, response=3)
 ROWS = Batch(rows=2, prompt=3, response=3)
 RAGGED = Batch(rows=2, prompt=4, response=4, raggedness="one_long")
@@ -34,6 +36,8 @@ PLANTED: dict[str, tuple[Case, Law]] = {
         dispatch.routing_is_valid,
     ),
     "dispatch:scaling_of_pre_softmax_alone": (Case(model=replace(TOP2, scaling=2.5)), dispatch.routing_is_valid),
+    "dispatch:strongest_copies_dropped": (Case(model=DROPPING, batch=LONG, seed=1), dispatch.routing_is_valid),
+    "dispatch:capacity_without_top_k": (Case(model=DROPPING, batch=LONG, seed=1), dispatch.routing_is_valid),
     "dispatch:chunks_restored_by_the_wrong_shape": (
         Case(layout=Layout(world=4, ep=2, etp=2), model=FOUR, batch=Batch(rows=4, prompt=3)),
         dispatch.combine_of_dispatch_is_the_sum_of_probabilities,

@@ -110,6 +110,8 @@ FILES[3] = replace(
         group_topk=1,
         seq_aux_loss=0.5,
         global_aux_loss=2.0,
+        capacity=0.5,
+        pad_to_capacity=True,
     ),
     switches=replace(FILES[2].switches, router_dtype="fp64"),
 )

@@ -34,6 +34,7 @@ BIASED = MoEModel(
     family="glm4moe", heads=2, kv_heads=2, experts=4, top_k=2, norm_topk_prob=True, shared_ffn=4, aux_loss=1.0,
     score="sigmoid", expert_bias=0.5, bias_rate=0.0625, scaling=2.5, expert_groups=2, group_topk=1,
 )  # fmt: skip
+DROPPING = MoEModel(heads=2, kv_heads=2, experts=4, top_k=2, norm_topk_prob=True, capacity=0.5, pad_to_capacity=True)
 DOUBLE = Switches(router_dtype="fp64", dispatcher="allgather")
 ADAM = PPO(optimizer="adam", lr=0.03, critic_lr=0.03, eps=1e-2, mini_batches=2, weight_decay=0.1, max_norm=0.3)
 SGD = PPO(mini_batches=2, epochs=2, momentum=0.9, temperature=0.7, entropy_coef=0.1, kl_coef=0.1, whiten=True)
@@ -60,6 +61,8 @@ HEALTHY = (
     Case(layout=Layout(world=2, cp=2), model=SKEWED, batch=HOLES, ppo=ADAM),
     Case(layout=Layout(world=2, tp=2), model=BIASED, batch=RAGGED, ppo=SGD, switches=Switches(padding_mask="padding")),
     Case(layout=Layout(world=2, ep=2), model=BIASED, batch=HOLES, precision="float32", switches=DOUBLE),
+    Case(layout=Layout(world=2, tp=2, ep=2), model=DROPPING, batch=Batch(rows=2, prompt=3, response=3), seed=1),
+    Case(layout=Layout(world=2, cp=2), model=replace(DROPPING, pad_to_capacity=False), batch=RAGGED, seed=1),
     Case(layout=Layout(world=4, pp=2, vpp=2), model=DENSE, batch=RAGGED, switches=Switches(p2p="overlapped")),
     Case(layout=Layout(world=4, cp=2, tp=2, order="cp-tp-ep-dp-pp"), model=replace(GROUPED, kv_heads=1), batch=HOLES),
 )

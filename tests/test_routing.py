@@ -99,6 +99,16 @@ def test_biases_move_towards_the_mean_load() -> None:
     assert moved["bias"].tolist() == [-0.25, 0.25, 0.0]
 
 
+def test_an_expert_keeps_the_greatest_gates_of_each_shard() -> None:
+    """Room for ceil(3 * 1 / 2 * 1.0) = 2 of a shard of three; the margin is that of the nearest drop, as a share."""
+    model = MoEModel(experts=2, capacity=1.0)
+    gates = torch.tensor([[0.9], [0.6], [0.7], [0.9], [0.8], [0.5]]).double()
+    experts = torch.tensor([[0], [0], [0], [1], [0], [0]])
+    gone, margin = routing.dropped(model, gates, experts, [torch.arange(3), torch.arange(3, 6)])
+    assert gone.flatten().tolist() == [False, True, False, False, False, False]
+    assert margin == pytest.approx((0.7 - 0.6) / 0.7)
+
+
 def test_loaded_biases_are_exact_in_float32() -> None:
     model = MoEModel(layers=3, dense=(1,), dense_ffn=2, experts=5, score="sigmoid", expert_bias=0.125)
     biases = weights.expert_biases(model, "actor", 7)

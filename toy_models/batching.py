@@ -90,6 +90,17 @@ def pad_token(model: MoEModel, batch: Batch) -> int:
     return end_token(model) if batch.pad_is_eos else 0
 
 
+def shards(layout: Layout, rows: int, width: int, cut: bool = True) -> list[list[int]]:
+    """The tokens (indices into rows * width) that each rank of TP x CP routes; with `cut` TP cuts the sequence."""
+    found = []
+    for rank in range(layout.cp):
+        positions = chunk_positions(width, layout.cp, rank)
+        size = len(positions) // layout.tp if cut else len(positions)
+        parts = [positions[at : at + size] for at in range(0, len(positions), size)]
+        found += [[row * width + p for row in range(rows) for p in part] for part in parts]
+    return found
+
+
 def chunk_positions(width: int, cp: int, cp_rank: int) -> list[int]:
     """The positions of a row of `width` tokens that a context-parallel rank holds, in its order.
 

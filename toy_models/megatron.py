@@ -94,6 +94,8 @@ def _options(model: MoEModel) -> dict[str, Any]:
         "moe_router_num_groups": model.expert_groups or None,
         "moe_router_group_topk": model.group_topk or None,
         **_balancing(model),
+        "moe_expert_capacity_factor": model.capacity or None,
+        "moe_pad_expert_input_to_capacity": model.pad_to_capacity,
         "moe_z_loss_coeff": model.z_loss or None,
         "moe_shared_expert_intermediate_size": model.shared_ffn or None,
         "moe_shared_expert_gate": model.family in weights.SHARED_GATE,

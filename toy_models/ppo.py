@@ -126,8 +126,10 @@ def _explicit(role: Role) -> dict[str, Any]:
 
 
 def _passes(case: Any, rollout: Rollout) -> list[list[Rollout]]:
-    """All rows at once; for virtual stages, whose schedule needs several micro-batches, as they are trained."""
-    if case.layout.vpp == 1:
+    """All rows at once; as they are trained for virtual stages, whose schedule needs several micro-batches, and where
+    experts have a capacity: whom they drop depends on which rows run together.
+    """
+    if case.layout.vpp == 1 and not case.model.capacity:
         return [[rollout]]
     dp_rank, parts = rollout.groups.dp.rank(), batching.partition(case.layout, case.batch, case.ppo)
     return [[rollout.take(micro) for micro in shares[dp_rank]] for shares in parts.micro]

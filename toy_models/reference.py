@@ -9,16 +9,17 @@ Shapes: R rows, P longest prompt, J longest response, W padded width, V vocabula
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from toy_models import reference_update as update
-from toy_models.batching import partition
+from toy_models.batching import partition, shards
 from toy_models.families import Tensors, from_hf
 from toy_models.precision import keep_float64
 from toy_models.reference_model import Pass, forward, initial, initial_biases, routing_gap, tokens_per_expert
-from toy_models.reference_rollout import Responses, forced_responses, rollout, sampling_margin
+from toy_models.reference_rollout import Responses, evaluated, forced_responses, rollout, sampling_margin
 from toy_models.reference_update import Trained
 from toy_models.weights import ROLES, is_frozen
 
@@ -110,13 +111,14 @@ def chosen(logp_RJV: torch.Tensor, of: Responses) -> torch.Tensor:
 def _rollout(now: Run, iteration: int, given: tuple[torch.Tensor, torch.Tensor] | None) -> Experience:
     case, actor = now.case, _weights(now, "actor")
     responses = forced_responses(case, *given) if given else rollout(case, actor, iteration)
-    passes = {role: forward(case.model, _weights(now, role), responses.sequences) for role in ROLES}
+    passes = {role: evaluated(case, role, _weights(now, role), responses.sequences) for role in ROLES}
     z_RWV = passes["actor"].output
     margin = sampling_margin(case, responses, z_RWV, iteration)
     experience, seen = _experience(case, responses, {role: one.output for role, one in passes.items()})
     seen |= {"tokens": responses.tokens, "mask": responses.mask, "logits": z_RWV, "margin/rollout": margin}
     now.tensors |= {f"{iteration}/{name}": tensor for name, tensor in seen.items()}
-    now.numbers[f"{iteration}/margin/routing"] = routing_gap(case.model, *passes.values())
+    gaps = [routing_gap(case.model, *passes.values()), *responses.routing]
+    now.numbers[f"{iteration}/margin/routing"] = min(gaps)
     now.facts[f"{iteration}/tokens_per_expert"] = tokens_per_expert(case.model, passes["actor"])
     return experience
 
@@ -172,9 +174,12 @@ def _update(now: Run, iteration: int, experience: Experience) -> None:
 def _forward_mini_batch(now: Run, leaves: Tensors, of: Responses, micro_batches: list[tuple[int, ...]]) -> list[Pass]:
     """One pass per micro-batch; one for all together where no balance loss could tell the difference."""
     model, masked = now.case.model, now.case.switches.padding_mask == "padding"
-    if not model.balance:
+    if not model.balance and not model.capacity:
         micro_batches = [tuple(row for micro in micro_batches for row in micro)]
-    passes = [(list(micro), forward(model, leaves, of.sequences[list(micro)])) for micro in micro_batches]
+    cut = partial(shards, now.case.layout, width=of.sequences.shape[1])
+    cuts = [cut(len(rows)) if model.capacity else () for rows in micro_batches]
+    pairs = zip(map(list, micro_batches), cuts, strict=True)
+    passes = [(rows, forward(model, leaves, of.sequences[rows], some)) for rows, some in pairs]
     return [one._replace(padding=of.padding[rows]) if masked else one for rows, one in passes]
 
 

@@ -6,9 +6,9 @@ Knows no megatron, no layout, no PPO. A model is a dict of weights under transfo
 Shapes: B rows, W width, N = B*W tokens, E experts, K chosen per token, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.func import functional_call
@@ -32,6 +32,7 @@ class Routing(NamedTuple):
     experts: torch.Tensor
     margin: torch.Tensor | None = None
     counted: routing.Choice | None = None
+    dropped: torch.Tensor | None = None  # [N, K], the copies that experts had no room for
 
 
 class Router(torch.nn.Module):
@@ -41,11 +42,17 @@ class Router(torch.nn.Module):
         super().__init__()
         self.model = model
         self.weight = torch.nn.Parameter(torch.empty(model.experts, model.hidden))
+        self.shards: list[torch.Tensor] = []  # of the forward pass to come, where experts have a capacity
+        self.drops = torch.zeros(0, 0), float("inf")
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = hidden.reshape(-1, self.model.hidden) @ self.weight.T
         experts = routing.choose(self.model, logits, _bias(self)).experts
-        return logits, routing.gates(self.model, logits, experts), experts
+        gates = routing.gates(self.model, logits, experts)
+        if self.model.capacity:
+            self.drops = routing.dropped(self.model, gates, experts, self.shards)
+            gates = gates.masked_fill(self.drops[0], 0.0)
+        return logits, gates, experts
 
 
 def _bias(gate: torch.nn.Module) -> torch.Tensor | None:
@@ -89,7 +96,7 @@ def _as_asked(module: PreTrainedModel, model: MoEModel) -> None:
 
 def _knows(model: MoEModel) -> bool:
     """Whether the family's own router is that of the model: GLM-4-MoE judges a group by two experts."""
-    if model.family != "glm4moe":
+    if model.family != "glm4moe" or model.capacity:
         return model.plain_router
     two = not model.group_topk or model.top_k // model.group_topk == 2
     return model.score == "sigmoid" and two
@@ -100,7 +107,9 @@ def _routing(model: MoEModel, gate: torch.nn.Module, out: tuple[torch.Tensor, ..
     if model.plain_router:
         return Routing(logits, experts)
     margin = routing.choose(model, logits, _bias(gate)).margin
-    return Routing(logits, experts, margin, routing.counted(model, logits) if model.load_losses else None)
+    gone, nearest = gate.drops if isinstance(gate, Router) and model.capacity else (None, float("inf"))
+    margin = margin.clamp(max=nearest)
+    return Routing(logits, experts, margin, routing.counted(model, logits) if model.load_losses else None, gone)
 
 
 def head(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -111,16 +120,40 @@ def head(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return state["model.embed_tokens.weight"]
 
 
-def forward(model: MoEModel, state: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> Pass:
-    """Run `tokens` [B, W] through the model; causal attention, padding neither masked nor left out."""
+def forward(
+    model: MoEModel, state: Mapping[str, torch.Tensor], tokens: torch.Tensor, shards: Sequence[Sequence[int]] = ()
+) -> Pass:
+    """Run `tokens` [B, W] through the model; causal attention, padding neither masked nor left out.
+
+    `shards` are the tokens, indices into B * W, that are routed together, where experts have a capacity.
+    """
     module, seen = _backbone(model)
     seen.clear()
+    for layer in (module.layers[i] for i in model.moe if model.capacity):
+        layer.mlp.gate.shards = [torch.tensor(shard) for shard in shards]
     body = {name.removeprefix("model."): w for name, w in state.items() if name.startswith("model.")}
     hidden = functional_call(module, body, kwargs={"input_ids": tokens, "use_cache": False}).last_hidden_state
     output = hidden @ head(state).T
     routed = tuple(seen)
     seen.clear()
     return Pass(output.squeeze(-1) if "score.weight" in state else output, routed)
+
+
+def joined(passes: Sequence[Pass]) -> Pass:
+    """Passes over rows apart as one pass over all of them."""
+    layers = zip(*(one.routing for one in passes), strict=True)
+    fields = [zip(*some, strict=True) for some in layers]
+    routed = [Routing(*(_cat(parts) for parts in each)) for each in fields]
+    return Pass(torch.cat([one.output for one in passes]), tuple(routed))
+
+
+def _cat(parts: tuple) -> Any:
+    """Tensors, or choices, one behind the other; None where there are none."""
+    if parts[0] is None:
+        return None
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    return routing.Choice(*(torch.cat(some) for some in zip(*parts, strict=True)))
 
 
 def _nudged(tensor: torch.Tensor, nudge: float, *key: int | str) -> torch.Tensor:

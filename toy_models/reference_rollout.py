@@ -4,14 +4,14 @@ Knows no megatron, no layout but the padded width, no reward, no update. Shapes:
 J longest response, W padded width, V vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from toy_models import batching
 from toy_models.families import Tensors
-from toy_models.reference_model import forward
+from toy_models.reference_model import Pass, forward, joined, routing_gap
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class Responses:
     mask: torch.Tensor
     prompt_lengths: tuple[int, ...]
     longest_prompt: int
+    # Where experts have a capacity a token depends on those after it, so that how near choices came is seen as they are
+    # made: of each sampled token [R, J], and of routing.
+    margin: torch.Tensor | None = None
+    routing: list[float] = field(default_factory=list)
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -86,10 +90,26 @@ def sample(p_V: torch.Tensor, u: float) -> int:
     return min(first, int(p_V.nonzero().max()))
 
 
+def evaluated(case: Any, role: str, state: Tensors, sequences: torch.Tensor) -> Pass:
+    """A forward pass over all rows; where experts have a capacity, micro-batch by micro-batch, as the system does.
+
+    Roles that never learn may be without sequence parallelism: then each TP rank routes the whole sequence.
+    """
+    if not case.model.capacity:
+        return forward(case.model, state, sequences)
+    minis = batching.partition(case.layout, case.batch, case.ppo).micro
+    groups = [list(micro) for mini in minis for share in mini for micro in share]
+    cut = case.switches.forward_sp or role in ("actor", "critic")
+    shards = batching.shards(case.layout, case.batch.micro_rows, sequences.shape[1], cut)
+    return joined([forward(case.model, state, sequences[rows], shards) for rows in groups])
+
+
 @torch.no_grad()
 def rollout(case: Any, actor: Tensors, iteration: int) -> Responses:
     """Sample all responses, row by row and position by position."""
     made = _padding(case)
+    if case.model.capacity:
+        made = replace(made, margin=torch.full(made.mask.shape, float("inf"), dtype=torch.float64))
     for row, prompt in enumerate(batching.prompt_tokens(case.model, case.batch, case.seed, iteration)):
         made.sequences[row, : len(prompt)] = torch.tensor(prompt)
     limits = batching.response_limits(case.batch, case.seed)
@@ -104,14 +124,22 @@ def rollout(case: Any, actor: Tensors, iteration: int) -> Responses:
 def _extend(case: Any, actor: Tensors, iteration: int, made: Responses, alive: list[int], j: int) -> list[int]:
     """Put token `j` into the responses of the rows `alive`; the rows that go on."""
     lengths = [made.prompt_lengths[row] + j for row in alive]
-    z = forward(case.model, actor, made.sequences[alive, : max(lengths)]).output
+    if case.model.capacity:  # whom experts drop depends on all rows, and on their padding
+        whole = evaluated(case, "actor", actor, made.sequences)
+        made.routing.append(routing_gap(case.model, whole))
+        z = whole.output[alive]
+    else:
+        z = forward(case.model, actor, made.sequences[alive, : max(lengths)]).output
     going_on = []
     for index, (row, length) in enumerate(zip(alive, lengths, strict=True)):
         token = batching.forced_token(case.model, case.batch, case.seed, iteration, row, j)
         sampled = token is None
         if token is None:
             p_V = (z[index, length - 1] / case.ppo.temperature).softmax(-1)
+            u = batching.uniform("sample", case.seed, iteration, row, j)
             token = sample(p_V, batching.uniform("sample", case.seed, iteration, row, j))
+            if made.margin is not None:
+                made.margin[row, j] = _distance(p_V, token, u)
         made.sequences[row, length], made.mask[row, j] = token, int(sampled)
         if not (sampled and token == batching.end_token(case.model)):
             going_on.append(row)
@@ -123,6 +151,8 @@ def sampling_margin(case: Any, of: Responses, z_RWV: torch.Tensor, iteration: in
 
     Negative where a forced token is not the one that would have been sampled.
     """
+    if of.margin is not None:
+        return of.margin
     p_RJV = (of.at_predictions(z_RWV) / case.ppo.temperature).softmax(-1)
     margin = torch.full(of.mask.shape, float("inf"), dtype=torch.float64)
     for row, j in of.mask.nonzero().tolist():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from toy_models.batching import chunk_positions
+from toy_models import batching
 from toy_models.families import Tensors
 from toy_models.reference_model import Pass, Routing
 from toy_models.routing import shares
@@ -115,9 +115,7 @@ def _z_loss(routing: Routing, valid_N: torch.Tensor, shards: Sequence[torch.Tens
 
 def _shards(layout: Layout, rows: int, width: int) -> list[torch.Tensor]:
     """The tokens (indices into [rows * width]) that each rank of TP x CP holds, under sequence parallelism."""
-    held = [torch.tensor(chunk_positions(width, layout.cp, rank)).chunk(layout.tp) for rank in range(layout.cp)]
-    starts = torch.arange(rows)[:, None] * width
-    return [(starts + positions).flatten() for parts in held for positions in parts]
+    return [torch.tensor(held) for held in batching.shards(layout, rows, width)]
 
 
 def balance_loss(model: MoEModel, layout: Layout, micro_batches: Sequence[Pass]) -> torch.Tensor:
@@ -155,8 +153,10 @@ def _loads(model: MoEModel, passes: Sequence[Pass], at: int) -> list[int]:
     """How many valid tokens of all passes went to each expert of one layer."""
     loads = [0] * model.experts
     for one in passes:
-        experts_NK = one.routing[at].experts
-        for expert in experts_NK[_valid(one)].flatten().tolist():
+        kept_NK = _valid(one)[:, None].expand_as(one.routing[at].experts)
+        if (gone_NK := one.routing[at].dropped) is not None:
+            kept_NK = kept_NK & ~gone_NK
+        for expert in one.routing[at].experts[kept_NK].tolist():
             loads[expert] += 1
     return loads
 

@@ -4,6 +4,8 @@ Plain loops over tokens, for the reference and for the law that judges routers. 
 but torch. Shapes: N tokens, E experts, K chosen per token.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -79,6 +81,29 @@ def gates(model: MoEModel, logits_NE: torch.Tensor, experts_NK: torch.Tensor) ->
     else:
         found = logits_NE.softmax(-1).gather(1, experts_NK)
     return found * model.scaling
+
+
+def dropped(
+    model: MoEModel, gates_NK: torch.Tensor, experts_NK: torch.Tensor, shards: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, float]:
+    """Which copies [N, K] their experts have no room for, and the margin, as a share, by which the nearest was judged.
+
+    A shard has the tokens that one rank routes at a time: of these an expert takes ceil(tokens * K / E * capacity),
+    those of the greatest gates.
+    """
+    gone, margin = torch.zeros_like(experts_NK, dtype=torch.bool), float("inf")
+    for shard in shards:
+        room = math.ceil(len(shard) * model.top_k / model.experts * model.capacity)
+        gates, experts = gates_NK.detach()[shard].double(), experts_NK[shard]
+        for expert in range(model.experts):
+            copies = (experts == expert).nonzero().tolist()
+            ranked = sorted(((gates[n, k].item(), n, k) for n, k in copies), reverse=True)
+            for _, n, k in ranked[room:]:
+                gone[shard[n], k] = True
+            if len(ranked) > room:
+                last, next_ = ranked[room - 1][0], ranked[room][0]
+                margin = min(margin, (last - next_) / max(last, TINY))
+    return gone, margin
 
 
 def shares(model: MoEModel, logits_NE: torch.Tensor) -> torch.Tensor:

@@ -177,7 +177,8 @@ class MoEModel:
     0). The layers in `dense` (indices from 0, ascending) have one plain MLP of width `dense_ffn` in place of experts
     (not in Mixtral). `skew` pulls tokens towards expert 0: 0 is balanced, 4 starves most other experts. `aux_loss` and
     `z_loss` are megatron's moe_aux_loss_coeff and moe_z_loss_coeff; `seq_aux_loss` and `global_aux_loss` are the
-    coefficients of those load balancing types, of which several can be asked for at once.
+    coefficients of those load balancing types, of which several can be asked for at once. `capacity` is
+    moe_expert_capacity_factor, 0 for none, with which experts drop the copies of the smallest gates.
 
     The router, of any family: `score` is moe_router_score_function; `expert_bias` the spread of the biases that are
     loaded, 0 for none, and `bias_rate` how far they move per step; `scaling` moe_router_topk_scaling_factor;
@@ -210,6 +211,8 @@ class MoEModel:
     group_topk: int = 0
     seq_aux_loss: float = 0.0
     global_aux_loss: float = 0.0
+    capacity: float = 0.0
+    pad_to_capacity: bool = False
 
     def __post_init__(self) -> None:
         _check_choice(self, family=FAMILIES, score=SCORES)
@@ -217,6 +220,11 @@ class MoEModel:
         _check_counts(self, shared_ffn=0, vocab=4, dense_ffn=0)
         _check_flags(self, "norm_topk_prob", "tied")
         _check_reals(self, skew=(0, 100), aux_loss=(0, 100), z_loss=(0, 100))
+        _check_reals(self, capacity=(0, 1000))
+        _check_flags(self, "pad_to_capacity")
+        _require(
+            self.capacity > 0 or not self.pad_to_capacity, f"pad_to_capacity needs capacity={self.capacity} above 0"
+        )
         _check_reals(self, seq_aux_loss=(0, 100), global_aux_loss=(0, 100))
         _require(self.top_k <= self.experts, f"top_k={self.top_k} exceeds experts={self.experts}")
         _require(
@@ -283,8 +291,8 @@ class MoEModel:
     @property
     def plain_router(self) -> bool:
         """Whether the router is the plain softmax one that all families have had from the start."""
-        options = (self.score, self.expert_bias, self.scaling, self.group_topk)
-        return options == ("softmax", 0.0, 1.0, 0)
+        options = (self.score, self.expert_bias, self.scaling, self.group_topk, self.capacity)
+        return options == ("softmax", 0.0, 1.0, 0, 0.0)
 
     def _check_dense(self) -> None:
         listed = isinstance(self.dense, tuple) and all(type(i) is int and 0 <= i < self.layers for i in self.dense)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from fuzz.case import Case, Observation, Violation
-from fuzz.laws.compare import BOUNDS, Finding, certain_iterations, compare, iterations
+from fuzz.laws.compare import BOUNDS, Finding, certain_iterations, compare, iterations, rows_of
 from toy_models import routing, weights
 from toy_models.coordinates import coordinates, layers_on
 
@@ -143,16 +143,20 @@ def _plain(case: Case, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def _misrouted(case: Case, rank: Observation, key: str, router: _Router) -> Finding | None:
     seen = {name: rank.tensors[f"{key}/{name}"] for name in ("hidden", "probs", "map")}
     gates, chosen, margin = _formula(case, seen["hidden"], router)
+    if case.model.capacity:
+        gates, chosen, margin = _kept(case, rank.rank, gates, chosen, margin)
     clear = margin > (1e-9 if case.precision == "float64" else 1e-5)
     bound = BOUNDS[case.precision]["forward"]
     counts = seen["map"].sum(1)
-    if (counts != case.model.top_k).any():
+    if (counts != case.model.top_k).any() and not case.model.capacity:
         t = int((counts != case.model.top_k).int().argmax())
         where = f"rank {rank.rank}, {key}, token {t}"
         return Finding(
             where, f"{case.model.top_k} experts", f"{int(counts[t])}", "a token has not top_k distinct experts"
         )
-    wrong = (chosen != seen["map"].bool()).any(1) & clear
+    there = seen["map"].bool()
+    there = there & (chosen | (gates > 0)) if case.model.pad_to_capacity else there
+    wrong = (chosen != there).any(1) & clear
     if wrong.any():
         t = int(wrong.int().argmax())
         experts = str(chosen[t].nonzero().flatten().tolist()), str(seen["map"][t].nonzero().flatten().tolist())
@@ -160,8 +164,21 @@ def _misrouted(case: Case, rank: Observation, key: str, router: _Router) -> Find
     return compare(f"{key}/probs", rank.rank, seen["probs"][clear], gates[clear], max(1.0, case.model.scaling), bound)
 
 
+def _kept(
+    case: Case, rank: int, gates: torch.Tensor, chosen: torch.Tensor, margin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same without the copies that experts have no room for, micro-batch by micro-batch."""
+    calls = torch.arange(len(gates)).chunk(len(rows_of(case, rank)) // case.batch.micro_rows)
+    experts = chosen.nonzero()[:, 1].reshape(-1, case.model.top_k)
+    gone, nearest = routing.dropped(case.model, gates.gather(1, experts), experts, calls)
+    lost = torch.zeros_like(chosen).scatter(1, experts, gone)
+    return gates.masked_fill(lost, 0.0), chosen & ~lost, margin.clamp(max=nearest)
+
+
 def routing_is_valid(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
-    """From each router's observed input: the top_k experts of the greatest logits, gates as the score function says."""
+    """From each router's observed input: the top_k experts of the greatest scores, gates as the score function says;
+    of each expert no more copies than it has room for, those of the greatest gates.
+    """
     learned = weights.canonical(case.model, "actor", case.seed)
     biases = weights.expert_biases(case.model, "actor", case.seed)
     judged = 0

@@ -85,6 +85,27 @@ def scaling_of_pre_softmax_alone() -> None:
     rewrite_everywhere(moe_utils, "topk_routing_with_score_function", (old, new))
 
 
+def strongest_copies_dropped() -> None:
+    """An expert without room keeps the copies of the smallest gates.
+
+    No upstream commit; an order turned round.
+    minimal: world=1
+    """
+    old = "torch.topk(routing_probs, k=expert_capacity, dim=0, sorted=False)"
+    new = old.replace("routing_probs,", "torch.where(routing_map, -routing_probs, -torch.inf),")
+    rewrite_everywhere(moe_utils, "apply_router_token_dropping", (old, new))
+
+
+def capacity_without_top_k() -> None:
+    """The capacity of an expert is counted from tokens, not from copies.
+
+    No upstream commit; a factor left out.
+    minimal: world=1
+    """
+    old, new = "num_tokens=num_tokens * router_topk", "num_tokens=num_tokens"
+    rewrite_everywhere(moe_utils, "apply_router_token_dropping", (old, new))
+
+
 def chunks_restored_by_the_wrong_shape() -> None:
     """Copies come back in the wrong order where TP (of experts) and EP are both above 1 and counts are unequal.
 
