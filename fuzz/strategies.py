@@ -350,8 +350,8 @@ def _capacity(draw: Draw, busy: int, sizes: Mapping[str, Any], router: Mapping[s
     Padding to capacity fails where there is room for more than all tokens (docs/findings/padding-beyond-all-tokens.md);
     and megatron counts it as load, and which tokens it takes for it is anybody's guess.
     """
-    often, capacity, padded = draw(st.integers(0, 11)), _switched(draw, busy, "capacity"), _option(draw, busy)
-    capacity = capacity if often == 11 else 0.0
+    often, capacity, padded = draw(st.integers(0, 23)), _switched(draw, busy, "capacity"), _option(draw, busy)
+    capacity = capacity if often == 23 else 0.0
     padded = padded and 0 < capacity * sizes["top_k"] <= sizes["experts"] and not router["bias_rate"]
     return {"capacity": capacity, "pad_to_capacity": padded}
 
