@@ -47,7 +47,7 @@ def _reduce_apart(moe: Any) -> None:
 def expert_gradients_over_expert_dp() -> None:
     """EP=1 with other ETP groups than TP groups: expert gradients are reduced over expert DP, not over dense DP.
 
-    NVIDIA/Megatron-LM#5916, commit cd4afffa64, where ETP is unequal to TP; a rank order makes the groups differ too.
+    NVIDIA/Megatron-LM#5916, commit cd4afffa64, where ETP is not TP; docs/findings/experts-of-other-replicas.md.
     """
     _after_init(MoELayer, _reduce_apart)
 
