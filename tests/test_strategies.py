@@ -66,7 +66,13 @@ def many() -> list[Case]:
 
 
 def smallest(condition: Callable[[Case], bool]) -> Case:
-    return find(cases(), condition, settings=settings(max_examples=1000, **STEADY))
+    """Where two of three searches end: one in ten ends on four ranks, where Hypothesis completes by chance what it has
+    cut short (the leaps of `fuzz.descent` go on from there in a run).
+    """
+    steady, ends = settings(STEADY_SEEDED, max_examples=500), list[Case]()
+    while len(ends) == len(set(ends)) < 3:
+        ends.append(find(cases(), condition, settings=steady, random=random.Random(len(ends))))
+    return max(ends, key=ends.count)
 
 
 MINIMA: dict[str, tuple[Callable[[Case], bool], Case]] = {
