@@ -49,7 +49,7 @@ def attempt(
             return drive.step(entered, broken.case, forced)
         except Exception as error:
             phase = list(began)[-1]
-            return {"facts": {"refused": _refusal(error, phase, began[phase])}}
+            return {"facts": {"refused": refusal_of(error, phase, began[phase])}}
 
 
 # ---- overrides -------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def _plain(value: Any) -> Any:
 # ---- how it was refused ----------------------------------------------------------------------------------------
 
 
-def _refusal(error: Exception, phase: str, issued: int) -> dict[str, Any]:
+def refusal_of(error: Exception, phase: str, issued: int) -> dict[str, Any]:
     """Phase, exception, message, place, whether a check raised it, whose, and the calls issued in this phase before."""
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1]

@@ -7,7 +7,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from fuzz.broken import Broken
 from fuzz.case import Case, HarnessFault, Observation, Violation, twin_of
@@ -87,6 +89,17 @@ class Trials:
                 return refusal.not_comparable(broken, error, seen)
 
         return seen, accepted
+
+    def call(self, call: Any) -> list[Observation]:
+        """What the ranks saw of one call of a function; the first death or hang of a cause is confirmed."""
+        run = partial(self._pool(call.layout.world).run, "fuzz.functions.run:run", call)
+        seen = run()
+        lost = _lost(seen)
+        if lost is None or lost in self._confirmed:
+            return seen
+        again = run(times_patience=2.0)
+        self._confirmed |= {lost_again} if (lost_again := _lost(again)) else set()
+        return again
 
     def close(self) -> None:
         """End all processes."""

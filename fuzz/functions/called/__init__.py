@@ -1,0 +1,1 @@
+"""How the functions are called inside a rank, a module per family: nothing else here knows megatron-core."""
