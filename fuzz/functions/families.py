@@ -2,11 +2,18 @@
 
 from collections.abc import Mapping
 
-from fuzz.functions import mappings
+from fuzz.functions import balance, clipping, entropy, helpers, mappings, permutation, routing, stages
 from fuzz.functions.promise import Promise
 
 FAMILIES: Mapping[str, Mapping[str, Promise]] = {
     "mappings": mappings.PROMISES,
+    "routing": routing.PROMISES,
+    "permutation": permutation.PROMISES,
+    "balance": balance.PROMISES,
+    "clipping": clipping.PROMISES,
+    "entropy": entropy.PROMISES,
+    "stages": stages.PROMISES,
+    "helpers": helpers.PROMISES,
 }
 
 

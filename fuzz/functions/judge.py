@@ -155,7 +155,7 @@ def _scale(truth: torch.Tensor, promise: Promise) -> float:
 
 def _plain(mine: Any, truth: Any, rounding: float) -> tuple[str, str, str, str] | None:
     """Numbers and other plain values; a number is float32's where it is rounded."""
-    if type(mine) is type(truth) and (mine == truth or mine != mine and truth != truth):
+    if type(mine) is type(truth) and (mine == truth or (mine != mine and truth != truth)):
         return None
     if isinstance(mine, float) and isinstance(truth, float) and rounding:
         near = abs(mine - truth) <= rounding * torch.finfo(torch.float32).eps * abs(truth)

@@ -83,7 +83,7 @@ def _seen(here: Here, function: Callable, given: dict[str, torch.Tensor], gradie
     returned = function(here, **given)
     outputs = list(returned) if isinstance(returned, tuple) else [returned]
     # Before the backward pass, which writes to what was saved for it.
-    seen = {f"out{i}": x.detach().clone() if torch.is_tensor(x) else x for i, x in enumerate(outputs)}
+    seen = {f"out{i}": _copy(x) if torch.is_tensor(x) else x for i, x in enumerate(outputs)}
     tracked = {f"out{i}": x for i, x in enumerate(outputs) if torch.is_tensor(x) and x.requires_grad}
     if gradients and tracked:
         seen |= _backward(here, given, tracked)
@@ -94,6 +94,12 @@ def _backward(here: Here, given: Mapping[str, torch.Tensor], outputs: Mapping[st
     upstream = {name: inputs.upstream(here.call, here.rank, name, x) for name, x in outputs.items()}
     before = {name: gradient.clone() for name, gradient in upstream.items()}
     torch.autograd.backward(list(outputs.values()), list(upstream.values()))
-    seen = {f"grad/{name}": x.grad for name, x in given.items() if x.requires_grad}
+    seen = {
+        f"grad/{name}": _copy(x.grad) if x.grad is not None else None for name, x in given.items() if x.requires_grad
+    }
     changed = [f"upstream/{name}" for name, gradient in upstream.items() if not torch.equal(gradient, before[name])]
     return {**seen, "upstream changed": changed}
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
