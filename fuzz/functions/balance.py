@@ -48,7 +48,7 @@ def _map(call: Call, rank: int) -> Inputs:
 
 
 def _counts(call: Call, given: list[Inputs]) -> list[Seen]:
-    """Tokens per expert over the group; tokens of this rank; tokens over the group (whole counts as floats if masked)."""
+    """Tokens per expert over the group; tokens of this rank; tokens over the group. Floats where masked."""
 
     def of(rank: int) -> Seen:
         maps = [given[member]["routing_map"] for member in call.members(rank)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from fuzz.functions import balance, clipping, entropy, helpers, mappings, permutation, routing, stages
+from fuzz.functions import balance, clipping, entropy, helpers, mappings, permutation, routing, stages, state
 from fuzz.functions.promise import Promise
 
 FAMILIES: Mapping[str, Mapping[str, Promise]] = {
@@ -14,6 +14,7 @@ FAMILIES: Mapping[str, Mapping[str, Promise]] = {
     "entropy": entropy.PROMISES,
     "stages": stages.PROMISES,
     "helpers": helpers.PROMISES,
+    "state": state.PROMISES,
 }
 
 

@@ -201,7 +201,7 @@ def _scattered(call: Call, given: list[Inputs]) -> list[Seen]:
 
 
 def _hashes(call: Call, given: list[Inputs]) -> list[Seen]:
-    """Whether all members have the same parameters as the own, to the bit: of all of the group where it cross-checks."""
+    """Whether the own parameters are those of the first member, to the bit; of all members where it cross-checks."""
 
     def of(rank: int) -> Seen:
         them = call.members(rank, "dp")
@@ -280,15 +280,26 @@ def _residual(call: Call, rank: int, x: Tensor, residual: Tensor, bias: Tensor |
     return residual + (x if bias is None else x + bias), _dtype(call)
 
 
+def whole_width(call: Call, rank: int) -> int:
+    """The length of the sequence: with several ranks of CP 2·CP chunks of `width` each."""
+    size = len(call.members(rank, "cp"))
+    return call["width"] * (2 * size if size > 1 else 1)
+
+
 def _angles(call: Call, given: list[Inputs]) -> list[Seen]:
-    """Position p and pair i: p / base^(2i/dim); one after the other, or each twice where interleaved; [s, 1, 1, dim]."""
-    dim, half = 2 * call["cols"], call["cols"]
-    rows = []
-    for p in range(call["offset"], call["offset"] + call["width"]):
-        angles = [p / call["base"] ** (2 * i / dim) for i in range(half)]
-        rows.append([a for a in angles for _ in (0, 1)] if call["interleaved"] else angles * 2)
-    out = torch.tensor(rows, dtype=torch.float32).reshape(call["width"], 1, 1, dim)
-    return [{"out0": out}] * call.world
+    """Position p and pair i: p / base^(2i/dim), pairs one after the other or each twice; the rank's own positions."""
+
+    def of(rank: int) -> Seen:
+        dim, half = 2 * call["cols"], call["cols"]
+        size, place, width = len(call.members(rank, "cp")), call.place(rank, "cp"), call["width"]
+        chunks = (place, 2 * size - place - 1) if size > 1 else (0,)
+        rows = []
+        for p in (chunk * width + i + call["offset"] for chunk in chunks for i in range(width)):
+            angles = [p / call["base"] ** (2 * i / dim) for i in range(half)]
+            rows.append([a for a in angles for _ in (0, 1)] if call["interleaved"] else angles * 2)
+        return {"out0": torch.tensor(rows, dtype=torch.float32).reshape(-1, 1, 1, dim)}
+
+    return each(call, of)
 
 
 def _rotary_inputs(call: Call, rank: int) -> Inputs:
@@ -394,7 +405,7 @@ PROMISES = {
     ),
     "weighted_bias_swiglu_impl": Promise(
         inputs=_halves, truth=local(_swiglu), arguments={**COLS, "weights": (True,)}, groups=ONE, uneven=True,
-        rounding=16.0, floor=8.0,
+        rounding=16.0, floor=8.0, coarse=True,
     ),
     "bias_dropout_add": Promise(
         inputs=_added_inputs, truth=local(_residual), groups=ONE, uneven=True,

@@ -13,6 +13,7 @@ from fuzz.case import Observation, Violation
 from fuzz.functions import known
 from fuzz.functions.call import Call
 from fuzz.functions.families import promise_of
+from fuzz.functions.inputs import dtype_of
 from fuzz.functions.promise import Check, Doubt, Promise, Refused, Seen
 from fuzz.laws.liveness import collectives_run_in_lock_step, every_rank_finishes
 from fuzz.trial import Trials
@@ -105,7 +106,7 @@ def _check_rank(call: Call, promise: Promise, rank: Observation, expected: Seen)
             continue  # no gradient is one of zeros
         if key not in seen:
             _raise(call, VALUES, f"rank {rank.rank}, {key}", _said(truth), "nothing", f"{key} is missing")
-        if told := _differ(seen[key], truth, promise):
+        if told := _differ(seen[key], truth, promise, call):
             element, wanted, found, why = told
             where = f"rank {rank.rank}, {key}{element}"
             _raise(call, VALUES, where, wanted, found, f"{key} on rank {rank.rank} {why}")
@@ -121,7 +122,7 @@ def _said(value: Any) -> str:
     return f"{str(value.dtype)[6:]} {list(value.shape)}" if torch.is_tensor(value) else repr(value)
 
 
-def _differ(mine: Any, truth: Any, promise: Promise) -> tuple[str, str, str, str] | None:
+def _differ(mine: Any, truth: Any, promise: Promise, call: Call) -> tuple[str, str, str, str] | None:
     """Which element, what was expected, what was seen, and in words; None where they agree."""
     if isinstance(truth, Check):
         why = truth.wrong(mine)
@@ -135,17 +136,18 @@ def _differ(mine: Any, truth: Any, promise: Promise) -> tuple[str, str, str, str
     one, other = mine.double(), truth.double()
     gap = (one - other).abs().nan_to_num(nan=torch.inf)
     gap[(one == other) | (one.isnan() & other.isnan())] = 0.0
-    if float(gap.max()) <= promise.rounding * _unit(mine.dtype, promise) * _scale(other, promise):
+    if float(gap.max()) <= promise.rounding * _unit(mine.dtype, promise, call) * _scale(other, promise):
         return None
     at = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
     return f", element {list(at)}", str(truth[at].item()), str(mine[at].item()), f"is wrong at {list(at)}"
 
 
-def _unit(dtype: torch.dtype, promise: Promise) -> float:
+def _unit(dtype: torch.dtype, promise: Promise, call: Call) -> float:
+    """One in the last place of 1."""
     if not dtype.is_floating_point:
         return 0.0
-    unit = torch.finfo(dtype).eps
-    return max(unit, torch.finfo(torch.float32).eps) if promise.single else unit
+    worked_in = [torch.float32] * promise.single + [dtype_of(call.dtype)] * promise.coarse
+    return max(torch.finfo(one).eps for one in (dtype, *worked_in))
 
 
 def _scale(truth: torch.Tensor, promise: Promise) -> float:

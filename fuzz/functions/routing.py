@@ -104,7 +104,9 @@ def _fits_groups(call: Call) -> Call:
 
 
 def _scores_for_balance(call: Call, rank: int, logits: Tensor, padding_mask: Tensor | None = None) -> list:
-    """The map of the topk best scores, and all scores as shares; padding (mask True, as the router hands it) has none."""
+    """The map of the topk best scores, and all scores as shares. Padding has none: mask True, as the router hands it,
+    though the docstring has it the other way round.
+    """
     sigmoid = call["score_function"] == "sigmoid"
     chosen, shares = torch.zeros(logits.shape, dtype=torch.bool), []
     for token, row in enumerate(logits):
@@ -193,7 +195,7 @@ def _scores(call: Call, rank: int) -> Inputs:
 
 def _balanced(call: Call, rank: int, cost: Tensor) -> Check:
     """Sinkhorn's marginals: every token weighs the same, every expert too; and a cost moves no ratio within 2 × 2."""
-    tokens, experts = cost.shape
+    experts = cost.shape[1]
     logs = cost.detach()
 
     def wrong(seen: Tensor) -> str:
@@ -253,7 +255,9 @@ PROMISES = {
     "apply_router_token_dropping": Promise(
         inputs=_routed,
         truth=local(_dropped),
-        arguments={**ROUTED, "factor": (1.0, 0.5, 2.0, 0.25, 1.5), "policy": ("probs", "position"), "pad": (False, True)},
+        arguments={
+            **ROUTED, "factor": (1.0, 0.5, 2.0, 0.25, 1.5), "policy": ("probs", "position"), "pad": (False, True),
+        },
         groups=HERE,
         rows=(1, 2, 3, 4, 8, 0, 12),
         uneven=True,

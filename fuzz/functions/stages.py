@@ -111,6 +111,11 @@ def _virtual(call: Call, given: list[Inputs]) -> list[Seen]:
     return [{"out0": stage == 0, "out1": stage == size - 1}] * call.world
 
 
+def _existing(call: Call) -> Call:
+    """A stage that there is, where there are several; where there is one, others must be refused."""
+    return with_arguments(call, stage=call["stage"] % call["vpp"]) if (call["vpp"] or 1) > 1 else call
+
+
 def _calculated(call: Call, given: list[Inputs]) -> list[Seen]:
     """(micro-batches, batch, running batch, size of a micro-batch): the running batch is what micro-batches divide."""
     micro, dp, batch = call["micro"], call["dp"], call["batch"]
@@ -169,7 +174,9 @@ PROMISES = {
         _shape, arguments={"length": (1, 2, 8), "micro": (1, 2), "sequence_parallel": (False, True)}
     ),
     "neighbours": _plain(_neighbours),
-    "virtual_stages": _plain(_virtual, arguments={"vpp": (None, 1, 2, 3), "stage": (0, 1, 2)}, groups=("tp",)),
+    "virtual_stages": _plain(
+        _virtual, arguments={"vpp": (None, 1, 2, 3), "stage": (0, 1, 2)}, groups=("tp",), fit=_existing
+    ),
     "ConstantNumMicroBatchesCalculator": _plain(
         _calculated,
         arguments={"batch": (1, 2, 4, 6, 12), "micro": (1, 2, 3), "dp": (1, 2), "decrease": (False, True)},

@@ -18,7 +18,7 @@ from megatron.core.transformer import utils as masks
 from megatron.core.transformer.multi_token_prediction import roll_tensor as roll
 from torch import Tensor
 
-from fuzz.functions.helpers import SIZES
+from fuzz.functions.helpers import SIZES, whole_width
 
 
 def divide(here: Any) -> int:
@@ -137,7 +137,7 @@ def RotaryEmbedding(here: Any) -> Tensor:
         rotary_base=call["base"],
         use_cpu_initialization=True,
     )
-    return made.forward(call["width"], offset=call["offset"])
+    return made.forward(whole_width(call, here.rank), offset=call["offset"])
 
 
 def apply_rotary_pos_emb(here: Any, t: Tensor, freqs: Tensor) -> Tensor:
