@@ -1,7 +1,8 @@
 """How many calls of the public functions of megatron-core are made and judged, function by function.
 
-`python benchmarks/functions.py [--examples 5000] [--ranks 1,2,4] [--only NAME]`: a table of function, examples, outcomes
-and seconds, and totals. Exits 1 where a function is broken or was never judged, 2 for an argument that cannot be.
+`python benchmarks/functions.py [--examples 5000] [--ranks 1,2,4] [--only NAME]`: a table of function, examples,
+outcomes and seconds, and totals. Exits 1 where a function is broken or was never judged, 2 for an argument that cannot
+be.
 """
 
 import argparse

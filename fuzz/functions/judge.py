@@ -24,7 +24,7 @@ INPUTS = "a function leaves its inputs alone"
 CHECK = "what is refused is refused by a check"
 ALIKE = "all ranks refuse alike"
 LAWS = (VALUES, INPUTS, CHECK, ALIKE)
-KINDS = ("ValueError", "AssertionError", "RuntimeError", "NotImplementedError")
+KINDS = ("ValueError", "AssertionError", "RuntimeError", "NotImplementedError", "CheckpointingException")
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,9 @@ class Promise:
     `arguments`: the values of each, the simplest first. `inputs(call, rank)`: its tensors. `truth(call, inputs)`: per
     rank what must be seen, exactly where `rounding` is 0, else within so many units of the last place of the greatest
     element, or of `floor` where the result is the difference of greater numbers; `single`: of float32 at best, since
-    megatron-core works in float32 there; `coarse`: of the call's dtype at best. `uneven`: ranks may hold different numbers of rows, else all hold as many as
-    the first. `fit(call)` is the call with what goes together. `changes` names inputs that the documentation says are
-    written to; `gradients`: whether it has any.
+    megatron-core works in float32 there; `coarse`: of the call's dtype at best. `uneven`: ranks may hold different
+    numbers of rows, else all hold as many as the first. `fit(call)` is the call with what goes together. `changes`
+    names inputs that the documentation says are written to; `gradients`: whether it has any.
     """
 
     truth: Callable[[Call, list[Inputs]], list[Seen]]

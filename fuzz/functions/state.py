@@ -62,10 +62,10 @@ def _several(call: Call, given: list[Inputs]) -> list[Seen]:
 
 
 def _from_offsets(call: Call, given: list[Inputs]) -> list[Seen]:
-    """A shard at (axis, index, number), each axis once and the index below the number; else refused."""
-    index, number, twice = call["index"], call["number"], call["twice"]
-    if twice or index >= number:
-        raise Refused(f"index={index} number={number} twice={twice}")
+    """A shard at (axis, index, number), the index below the number; else refused."""
+    index, number = call["index"], call["number"]
+    if index >= number:
+        raise Refused(f"index={index} number={number}")
 
     def of(rank: int) -> Seen:
         local, axis = [call.rows[rank], call["cols"]], call["axis"]
@@ -199,7 +199,7 @@ PROMISES = {
     "from_rank_offsets": Promise(
         inputs=_matrix,
         truth=_from_offsets,
-        arguments={**SHARD, "index": (0, 1, 2), "number": (1, 2, 3), "twice": (False, False, True)},
+        arguments={**SHARD, "index": (0, 1, 2), "number": (1, 2, 3)},
         groups=("tp",),
         gradients=False,
     ),

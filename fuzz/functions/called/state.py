@@ -42,8 +42,7 @@ def make_sharded_tensors_for_checkpoint(here: Any, x: Tensor) -> Any:
 
 def from_rank_offsets(here: Any, x: Tensor) -> Any:
     call = here.call
-    offset = call["axis"], call["index"], call["number"]
-    made = ShardedTensor.from_rank_offsets("key", x, *[offset] * (2 if call["twice"] else 1))
+    made = ShardedTensor.from_rank_offsets("key", x, (call["axis"], call["index"], call["number"]))
     return list(made.global_shape), list(made.global_offset)
 
 
