@@ -22,6 +22,9 @@ from fuzz import forking, known, plants, refusals, summary
 from fuzz.broken import Broken
 from fuzz.broken import size as size_of_broken
 from fuzz.case import Case, HarnessFault, Violation
+from fuzz.functions import judge as functions
+from fuzz.functions.call import Call
+from fuzz.functions.call import size as size_of_call
 from fuzz.search import Row, Search
 from fuzz.space import PROPERTIES
 from fuzz.timebox import TimeBox, TimeUp
@@ -236,6 +239,24 @@ def refuse(pytestconfig: pytest.Config, trials: Trials) -> Callable[[Broken], No
         name, seconds = os.environ.get("PYTEST_CURRENT_TEST", ""), pytestconfig.getoption("shrink_seconds")
         box = boxes.get(name) or TimeBox(seconds, lambda _: None, size_of_broken, lambda *_: None)
         boxes.setdefault(name, box).run(broken, judge)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def make(pytestconfig: pytest.Config, trials: Trials) -> Callable[[Call], None]:
+    """Make a call of a function and judge it; each once, within a time box of its own per test."""
+    boxes: dict[str, TimeBox] = {}
+
+    def judge(call: Any) -> Violation | None:
+        verdict = functions.judge(trials, call, step_around=not pytestconfig.getoption("no_known"))
+        summary.count_call(pytestconfig.stash[TALLY], verdict)
+        return verdict.violation
+
+    def run(call: Any) -> None:
+        name, seconds = os.environ.get("PYTEST_CURRENT_TEST", ""), pytestconfig.getoption("shrink_seconds")
+        box = boxes.get(name) or TimeBox(seconds, lambda _: None, size_of_call, lambda *_: None)
+        boxes.setdefault(name, box).run(call, judge)
 
     return run
 

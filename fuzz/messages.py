@@ -14,7 +14,8 @@ import torch
 
 def view_of(tensor: torch.Tensor) -> memoryview:
     """Its bytes; `tensor` is contiguous."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    flat = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))  # one element may have any stride
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -11,6 +11,8 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from fuzz import coverage, known, laws, meetings, refusals
+from fuzz.functions.families import FAMILIES
+from fuzz.functions.judge import Verdict as Calling
 from fuzz.laws import refusal
 from fuzz.space import NAMED, all_layouts
 from fuzz.trial import Verdict
@@ -43,6 +45,13 @@ def count_broken(tally: Tally, verdict: refusals.Verdict) -> None:
     _add(tally, "broken fired", {law: n > 0 for law, n in verdict.counts.items()})
     _add(tally, "broken vacuous", {law: n == 0 for law, n in verdict.counts.items()})
     _add(tally, "known refusals", {verdict.known: 1} if verdict.known else {})
+
+
+def count_call(tally: Tally, verdict: Calling) -> None:
+    """Add the verdict on a call of a function to a tally, in place."""
+    _add(tally, "calls", {verdict.outcome: 1})
+    _add(tally, "functions", {verdict.call.function: 1})
+    _add(tally, "known functions", {verdict.known: 1} if verdict.known else {})
 
 
 def _name(case: Any) -> str:
@@ -82,8 +91,19 @@ def write(tally: Tally, console: Console) -> None:
     """The summary: cases, layouts, laws fired and vacuous, known bugs met, what was inconclusive and why."""
     if tally.get("cases"):
         console.print(Group(_cases(tally), _laws(tally)))
+    if tally.get("calls"):
+        console.print(_called(tally))
     if tally.get("broken"):
         console.print(Group(_broken(tally), _fired(tally, "broken ", refusal.NAMES)))
+
+
+def _called(tally: Tally) -> Table:
+    table = Table(title="functions, called one by one", title_justify="left", show_header=False)
+    number, calls = sum(map(len, FAMILIES.values())), tally["calls"]
+    table.add_row("functions", f"{len(tally['functions'])} of {number}")
+    table.add_row("calls", f"{sum(calls.values())} ({_listed(calls)})")
+    table.add_row("known findings", _listed(tally.get("known functions", {})) or "none met")
+    return table
 
 
 def write_failures(rows: Sequence[Mapping[str, str]], console: Console) -> None:

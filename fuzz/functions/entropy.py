@@ -25,7 +25,7 @@ def _loss(call: Call, given: list[Inputs]) -> list[Seen]:
     seen: list[Seen] = [{} for _ in range(call.world)]
     for rank in range(call.world):
         them, place = call.members(rank), call.place(rank)
-        parts = [given[member]["logits"].double().requires_grad_() for member in them]
+        parts = [given[member]["logits"].double().clone().requires_grad_() for member in them]
         logs, target = torch.log_softmax(torch.cat(parts, -1), -1), given[rank]["target"]
         loss = -logs.gather(-1, target[..., None])[..., 0]
         if call["smoothing"]:

@@ -326,7 +326,11 @@ def _wgrad(call: Call, given: list[Inputs]) -> list[Seen]:
 
     def of(rank: int) -> Seen:
         grad, total = given[rank]["grad_output"], given[rank]["total"]
-        return {"out0": torch.cat(list(grad)), "out1": torch.cat(list(total))}
+        rows = [(i, j) for i in range(call.rows[0]) for j in range(2)]
+        return {
+            f"out{n}": torch.stack([x[at] for at in rows]) if rows else x.new_empty(0, call["cols"])
+            for n, x in enumerate((grad, total))
+        }
 
     return each(call, of)
 
@@ -352,7 +356,9 @@ PROMISES = {
     "split_tensor_into_1d_equal_chunks": Promise(
         inputs=_whole, truth=_flat_share, arguments={**COLS, "copied": (False, True)}, dtypes=MOVED, gradients=False
     ),
-    "gather_split_1d_tensor": Promise(inputs=_vector, truth=_flat_all, dtypes=MOVED, gradients=False),
+    "gather_split_1d_tensor": Promise(
+        inputs=_vector, truth=_flat_all, dtypes=MOVED, gradients=False, contiguous=(True,)  # one of the equal chunks
+    ),
     "process_groups": Promise(truth=_group, dtypes=("float32",), gradients=False),
     "make_viewless_tensor": Promise(
         inputs=matrix, truth=_viewless, arguments={**COLS, "keep_graph": (True, False)}, groups=ONE, uneven=True

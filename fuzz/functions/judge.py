@@ -14,16 +14,12 @@ from fuzz.functions import known
 from fuzz.functions.call import Call
 from fuzz.functions.families import promise_of
 from fuzz.functions.inputs import dtype_of
+from fuzz.functions.known import ALIKE, CHECK, INPUTS, VALUES
 from fuzz.functions.promise import Check, Doubt, Promise, Refused, Seen
 from fuzz.laws.liveness import collectives_run_in_lock_step, every_rank_finishes
 from fuzz.trial import Trials
 
 OUTCOMES = RIGHT, REFUSED, KNOWN, UNJUDGED, VIOLATED = "right", "refused", "known findings", "unjudged", "violations"
-VALUES = "a function gives what it promises"
-INPUTS = "a function leaves its inputs alone"
-CHECK = "what is refused is refused by a check"
-ALIKE = "all ranks refuse alike"
-LAWS = (VALUES, INPUTS, CHECK, ALIKE)
 KINDS = ("ValueError", "AssertionError", "RuntimeError", "NotImplementedError", "CheckpointingException")
 
 

@@ -92,7 +92,7 @@ def local(formula: Callable[..., Any]) -> Callable[[Call, list[Inputs]], list[Se
 
 def differentiated(call: Call, rank: int, given: Inputs, formula: Callable[..., Any]) -> Seen:
     """What a plain formula in float64 gives, and its gradient by autograd."""
-    leaves = {n: x.double().requires_grad_() if x.is_floating_point() else x for n, x in given.items()}
+    leaves = {n: x.double().clone().requires_grad_() if x.is_floating_point() else x for n, x in given.items()}
     returned = formula(**leaves)
     outputs = returned if isinstance(returned, list) else [returned]
     seen: Seen = {}

@@ -14,8 +14,8 @@ from fuzz.functions.families import promise_of
 from toy_models.coordinates import groups
 from toy_models.spec import Layout
 
-# Each kind of group has every size that the world allows, next to one another and apart. Eight per world at most: so
-# many layouts' groups stay open in a rank (`drive.KEPT_LAYOUTS`), and making them takes longer than fifty calls.
+# Each kind of group has every size that the world allows, next to one another and apart. Eight per world at most: to
+# make the groups of a layout takes as long as many calls, and a function sees its group alone.
 LAYOUTS = {
     1: (Layout(),),
     2: (
