@@ -18,7 +18,8 @@ FORM = (
     "must be MODULE:FUNCTION or FILE.py:FUNCTION, with a module that can be imported, or a file, and a function in it"
 )
 PACKAGE = "toy_models.planted"
-NO_BUGS = ("__init__", "mends", "rewrite")  # of the package: mends of known bugs, and how a bug is planted
+# Of the package: mends of known bugs, how a bug is planted, and bugs of helpers, which cases hardly meet.
+NO_BUGS = ("__init__", "mends", "rewrite", "functions")
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,9 @@ PARENT = Row(
     "torch.* hypothesis.* pytest rich.* fuzz.case fuzz.case_json fuzz.strategies fuzz.forking fuzz.ranks fuzz.laws.* "
     "fuzz.broken fuzz.broken_strategies fuzz.known_refusals fuzz.refusals fuzz.timebox "
     "fuzz.known fuzz.plants fuzz.rehearsal fuzz.rows fuzz.space fuzz.trial fuzz.summary fuzz.search toy_models.spec "
-    "toy_models.weights"
+    "toy_models.weights fuzz.functions.*"
 )
+PROMISED = Row("torch.* fuzz.functions.*")
 TABLE = {
     "conftest": PARENT,
     "fuzz": Row(),
@@ -140,8 +141,20 @@ TABLE = {
     "fuzz.rows": Row("fuzz.case fuzz.choices fuzz.coverage fuzz.meetings fuzz.space fuzz.strategies toy_models.spec"),
     "fuzz.strategies": Row("hypothesis.* fuzz.case fuzz.choices fuzz.space toy_models.spec"),
     "fuzz.summary": Row(
-        "rich.* fuzz.coverage fuzz.known fuzz.laws.* fuzz.meetings fuzz.refusals fuzz.space fuzz.trial"
+        "rich.* fuzz.coverage fuzz.known fuzz.laws.* fuzz.meetings fuzz.refusals fuzz.space fuzz.trial "
+        "fuzz.functions.families fuzz.functions.judge"
     ),
+    "fuzz.functions": Row(),
+    "fuzz.functions.call": Row("fuzz.case toy_models.coordinates toy_models.spec"),
+    "fuzz.functions.called.*": Row("torch.* torch.distributed.* megatron.core.* fuzz.functions.*"),
+    "fuzz.functions.inputs": Row("torch.* fuzz.functions.call"),
+    "fuzz.functions.promise": Row("torch.* fuzz.functions.call fuzz.functions.inputs"),
+    "fuzz.functions.judge": Row("torch.* fuzz.case fuzz.functions.* fuzz.laws.* fuzz.trial"),
+    "fuzz.functions.known": Row("fuzz.case fuzz.known fuzz.functions.call toy_models.spec"),
+    "fuzz.functions.run": Row("torch.* torch.distributed.* megatron.core.* fuzz.drive fuzz.refuse fuzz.functions.*"),
+    "fuzz.functions.strategies": Row("hypothesis.* fuzz.functions.* toy_models.coordinates toy_models.spec"),
+    "fuzz.functions.*": PROMISED,
+    "fuzz.test_functions": PARENT,
     "fuzz.test_ep_ppo_props": PARENT,
     "fuzz.trial": Row("fuzz.broken fuzz.case fuzz.laws.* fuzz.ranks toy_models.batching toy_models.spec"),
     "fuzz.truth": Row("torch.* fuzz.case toy_models.reference"),
@@ -173,6 +186,9 @@ APART = ("torch.distributed",)  # not meant by `torch.*`: only who communicates 
 # What runs where: these modules, with all that they import in turn, must never reach the others.
 NEVER = {
     "fuzz.refuse": "hypothesis pytest rich toy_models.reference fuzz.strategies fuzz.laws fuzz.ranks",
+    "fuzz.functions.run": "hypothesis pytest rich toy_models.reference fuzz.strategies fuzz.laws fuzz.ranks",
+    "fuzz.functions.families": "hypothesis megatron transformers torch.distributed fuzz.ranks fuzz.drive",
+    "fuzz.functions.judge": "hypothesis pytest megatron transformers fuzz.drive",
     "fuzz.drive": "hypothesis pytest rich toy_models.reference fuzz.strategies fuzz.laws fuzz.ranks",
     "fuzz.rank": "hypothesis pytest rich megatron fuzz.laws",
     "fuzz.trace": "hypothesis pytest rich toy_models.reference fuzz.strategies fuzz.laws fuzz.ranks",

@@ -23,7 +23,7 @@ def _parameters(here: Any, gradients: dict[str, Tensor], mixed: bool) -> list[to
         if kind == "sharded":
             set_tensor_model_parallel_attributes(parameter, True, 0, 1)
         if kind == "shared":
-            parameter.shared = True
+            parameter.shared = True  # type: ignore[attr-defined]
         if kind != "none":
             setattr(parameter, "decoupled_grad" if decoupled else "grad", gradient)
         found.append(parameter)

@@ -103,10 +103,14 @@ def reload_model_params(here: Any, weight: Tensor, loaded: Tensor) -> Any:
 def tensor_parallel_attributes(here: Any) -> Any:
     """set_tensor_model_parallel_attributes, copy_.., set_defaults_if_not_set_.. on bare and on marked parameters."""
     call = here.call
-    one, other, bare = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    one, other, bare = parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
     layers.set_tensor_model_parallel_attributes(one, call["parallel"], call["dim"], call["stride"])
     layers.copy_tensor_model_parallel_attributes(other, one)
     layers.set_defaults_if_not_set_tensor_model_parallel_attributes(bare)
-    found = [[p.tensor_model_parallel, p.partition_dim, p.partition_stride] for p in (one, other, bare)]
+    found = [_marks(parameter) for parameter in parameters]
     layers.set_defaults_if_not_set_tensor_model_parallel_attributes(one)
-    return *found, [one.tensor_model_parallel, one.partition_dim, one.partition_stride]
+    return *found, _marks(one)
+
+
+def _marks(parameter: Any) -> list:
+    return [parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride]
