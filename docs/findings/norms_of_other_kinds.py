@@ -1,5 +1,6 @@
-"""get_grad_norm_fp32 dies of an empty list for any kind but 2, and works in the gradients' dtype; a single tensor is not
-clipped.
+"""get_grad_norm_fp32 dies of an empty list for any kind but 2, and works in the gradients' dtype.
+
+A single tensor, documented for clip_grad_by_total_norm_fp32, is not clipped.
 
     pip install torch megatron-core && python norms_of_other_kinds.py
 

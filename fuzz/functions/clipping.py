@@ -16,12 +16,14 @@ LENGTHS = (1, 3, 6, 0)
 
 
 def gradients(call: Call, rank: int) -> Inputs:
-    """g0, g1, ...: matrices [length, 2], the last of which may be empty; every other element of some is zero."""
+    """g0, g1, ...: matrices [length, 2], the last of which may be empty; about half the elements are zero."""
     length = call["length"]
     made = {}
     for i in range(call.rows[rank]):
         short = call["empty"] and i == call.rows[rank] - 1
-        made[f"g{i}"] = inputs.tensor(call, rank, f"g{i}", (0 if short else length, 2))
+        shape = 0 if short else length, 2
+        numbers = inputs.tensor(call, rank, f"g{i}", shape) * inputs.tensor(call, rank, f"kept{i}", shape, "bool")
+        made[f"g{i}"] = inputs.laid(call, numbers)
     return made
 
 

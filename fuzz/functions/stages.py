@@ -40,7 +40,8 @@ def _cuts(call: Call) -> Call:
     call = with_arguments(call, vpp=1) if call["pp"] == 1 else call
     if call["pp"] == 1 and call["split"] in ("first", "last", "ends"):
         return with_arguments(call, split="even")
-    return call
+    counts = [n for chunk in layers_of(call) for n in chunk]
+    return call if sum(counts) > 0 <= min(counts) else with_arguments(call, split="even")  # no model has no layers
 
 
 def _table(call: Call, given: list[Inputs]) -> list[Seen]:
