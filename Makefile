@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 fuzz: $(VENV)/.installed  ## generated PPO cases on megatron-core, judged by laws (within 5 minutes on 2 cores)
 	$(BIN)/pytest fuzz/ $(ARGS)
 
-test: $(VENV)/.installed  ## the tests of the fuzzer itself (within 10 minutes on 2 cores)
+test: $(VENV)/.installed  ## the tests of the fuzzer itself (some 11 minutes on 2 cores)
 	$(BIN)/pytest tests/ -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.installed

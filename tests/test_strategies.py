@@ -103,13 +103,17 @@ MINIMA: dict[str, tuple[Callable[[Case], bool], Case]] = {
 }
 
 
-@pytest.mark.parametrize(("condition", "least"), MINIMA.values(), ids=MINIMA)
+LONG = ("vpp", "dense", "top_k", "layers", "aux_loss", "seed", "adam")
+EACH = [pytest.param(*MINIMA[name], id=name, marks=[pytest.mark.slow] if name in LONG else []) for name in MINIMA]
+
+
+@pytest.mark.parametrize(("condition", "least"), EACH)
 def test_what_matters_is_all_that_a_shrunk_case_shows(condition: Callable[[Case], bool], least: Case) -> None:
     """World 2 and not 4, and nothing moves but what must: the repr in a report is the bug and nothing else."""
     assert smallest(condition) == least
 
 
-@pytest.mark.parametrize("mostly", [2, 4, 8])
+@pytest.mark.parametrize("mostly", [2, pytest.param(4, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("name", ["ep", "etp", "tp", "pp", "cp"])
 def test_a_failure_shrinks_below_the_world_that_is_mostly_drawn(name: str, mostly: int) -> None:
     """A bug of one degree is found on many ranks and shrinks to two: in two of three searches at least.
