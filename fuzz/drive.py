@@ -273,26 +273,28 @@ def _coordinates() -> dict[str, int]:
     }
 
 
+# Megatron's groups by their kind (`toy_models.coordinates.GROUPS`): how to ask for this rank's own.
+GROUPS: Mapping[str, Callable[[], Any]] = {
+    "tp": parallel_state.get_tensor_model_parallel_group,
+    "cp": parallel_state.get_context_parallel_group,
+    "dp": parallel_state.get_data_parallel_group,
+    "dp-cp": lambda: parallel_state.get_data_parallel_group(with_context_parallel=True),
+    "tp-cp": parallel_state.get_tensor_and_context_parallel_group,
+    "tp-dp": parallel_state.get_tensor_and_data_parallel_group,
+    "tp-dp-cp": lambda: parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+    "pp": parallel_state.get_pipeline_model_parallel_group,
+    "tp-pp": parallel_state.get_model_parallel_group,
+    "etp": parallel_state.get_expert_tensor_parallel_group,
+    "ep": parallel_state.get_expert_model_parallel_group,
+    "etp-ep": parallel_state.get_expert_tensor_and_model_parallel_group,
+    "etp-ep-pp": parallel_state.get_expert_tensor_model_pipeline_parallel_group,
+    "edp": parallel_state.get_expert_data_parallel_group,
+}
+
+
 def _named_groups() -> dict[str, list[int]]:
     """The ranks of megatron's groups of which this rank is a member, in the group's order."""
-    state = parallel_state
-    groups = {
-        "tp": state.get_tensor_model_parallel_group(),
-        "cp": state.get_context_parallel_group(),
-        "dp": state.get_data_parallel_group(),
-        "dp-cp": state.get_data_parallel_group(with_context_parallel=True),
-        "tp-cp": state.get_tensor_and_context_parallel_group(),
-        "tp-dp": state.get_tensor_and_data_parallel_group(),
-        "tp-dp-cp": state.get_tensor_and_data_parallel_group(with_context_parallel=True),
-        "pp": state.get_pipeline_model_parallel_group(),
-        "tp-pp": state.get_model_parallel_group(),
-        "etp": state.get_expert_tensor_parallel_group(),
-        "ep": state.get_expert_model_parallel_group(),
-        "etp-ep": state.get_expert_tensor_and_model_parallel_group(),
-        "etp-ep-pp": state.get_expert_tensor_model_pipeline_parallel_group(),
-        "edp": state.get_expert_data_parallel_group(),
-    }
-    return {kind: dist.get_process_group_ranks(group) for kind, group in groups.items()}
+    return {kind: dist.get_process_group_ranks(group()) for kind, group in GROUPS.items()}
 
 
 def _layers(role: Role) -> list[list[tuple[int, bool]]]:

@@ -2,7 +2,19 @@
 
 from collections.abc import Mapping
 
-from fuzz.functions import balance, clipping, entropy, helpers, mappings, permutation, routing, stages, state
+from fuzz.functions import (
+    activations,
+    balance,
+    clipping,
+    entropy,
+    helpers,
+    mappings,
+    permutation,
+    routing,
+    sequences,
+    stages,
+    state,
+)
 from fuzz.functions.promise import Promise
 
 FAMILIES: Mapping[str, Mapping[str, Promise]] = {
@@ -13,7 +25,7 @@ FAMILIES: Mapping[str, Mapping[str, Promise]] = {
     "clipping": clipping.PROMISES,
     "entropy": entropy.PROMISES,
     "stages": stages.PROMISES,
-    "helpers": helpers.PROMISES,
+    "helpers": {**helpers.PROMISES, **sequences.PROMISES, **activations.PROMISES},
     "state": state.PROMISES,
 }
 

@@ -72,3 +72,8 @@ def laid(call: Call, made: torch.Tensor) -> torch.Tensor:
 def upstream(call: Call, rank: int, output: str, like: Any) -> torch.Tensor:
     """The gradient that comes back to an output, contiguous or not as the call says."""
     return tensor(call, rank, f"upstream/{output}", like.shape, str(like.dtype)[6:])
+
+
+def matrix(call: Call, rank: int) -> dict[str, torch.Tensor]:
+    """One tensor x [rows of the rank, cols]."""
+    return {"x": tensor(call, rank, "x", (call.rows[rank], call["cols"]))}

@@ -16,6 +16,8 @@ from fuzz.functions.call import Call
 FLOATS = ("float64", "float32", "bfloat16")
 MOVED = (*FLOATS, "int64", "bool")  # what is only moved may be anything
 ADDED = (*FLOATS, "int64")
+HERE = ("tp",)  # functions of one rank
+COLS = {"cols": (1, 2, 4, 6)}
 ANY_GROUP = (
     "tp", "ep", "pp", "cp", "dp", "dp-cp", "tp-cp", "tp-dp", "tp-dp-cp", "tp-pp", "etp", "etp-ep", "etp-ep-pp", "edp",
 )  # fmt: skip

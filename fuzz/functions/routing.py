@@ -10,11 +10,10 @@ from torch import Tensor
 
 from fuzz.functions import inputs
 from fuzz.functions.call import Call
-from fuzz.functions.promise import Check, Doubt, Inputs, Promise, local, with_arguments
+from fuzz.functions.promise import HERE, Check, Doubt, Inputs, Promise, local, with_arguments
 
 MARGIN = 0.01  # scores of bfloat16 nearer to one another may fall either way
 TOP = {"experts": (2, 4, 8), "topk": (1, 2, 4)}
-HERE = ("tp",)  # functions of one rank
 
 
 def logits(call: Call, rank: int) -> Inputs:

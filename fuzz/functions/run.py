@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from fuzz import drive
@@ -20,23 +19,6 @@ from fuzz.functions import inputs
 from fuzz.functions.call import Call
 from fuzz.functions.families import promise_of
 from fuzz.refuse import refusal_of
-
-OF_KIND: Mapping[str, Callable[[], Any]] = {
-    "tp": state.get_tensor_model_parallel_group,
-    "cp": state.get_context_parallel_group,
-    "dp": state.get_data_parallel_group,
-    "dp-cp": lambda: state.get_data_parallel_group(with_context_parallel=True),
-    "tp-cp": state.get_tensor_and_context_parallel_group,
-    "tp-dp": state.get_tensor_and_data_parallel_group,
-    "tp-dp-cp": lambda: state.get_tensor_and_data_parallel_group(with_context_parallel=True),
-    "pp": state.get_pipeline_model_parallel_group,
-    "tp-pp": state.get_model_parallel_group,
-    "etp": state.get_expert_tensor_parallel_group,
-    "ep": state.get_expert_model_parallel_group,
-    "etp-ep": state.get_expert_tensor_and_model_parallel_group,
-    "etp-ep-pp": state.get_expert_tensor_model_pipeline_parallel_group,
-    "edp": state.get_expert_data_parallel_group,
-}
 
 
 @dataclass(frozen=True)
@@ -49,7 +31,7 @@ class Here:
     group: Any
 
     def group_of(self, kind: str) -> Any:
-        return OF_KIND[kind]()
+        return drive.GROUPS[kind]()
 
 
 def run(progress: Callable[[str], None], call: Call) -> dict[str, Any]:
@@ -58,7 +40,7 @@ def run(progress: Callable[[str], None], call: Call) -> dict[str, Any]:
     """
     progress(call.function)
     groups = drive.use_groups(call.layout)
-    here = Here(call, dist.get_rank(), groups, OF_KIND[call.group]())
+    here = Here(call, dist.get_rank(), groups, drive.GROUPS[call.group]())
     family, _, name = call.function.partition(".")
     function = getattr(importlib.import_module(f"fuzz.functions.called.{family}"), name)
     promise = promise_of(call.function)

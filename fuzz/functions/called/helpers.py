@@ -18,7 +18,8 @@ from megatron.core.transformer import utils as masks
 from megatron.core.transformer.multi_token_prediction import roll_tensor as roll
 from torch import Tensor
 
-from fuzz.functions.helpers import SIZES, whole_width
+from fuzz.functions.helpers import SIZES
+from fuzz.functions.sequences import whole_width
 
 
 def divide(here: Any) -> int:
