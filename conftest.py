@@ -226,8 +226,7 @@ def rehearse(pytestconfig: pytest.Config, trials: Trials) -> Callable[[Case], No
 
 @pytest.fixture(scope="session")
 def refuse(pytestconfig: pytest.Config, trials: Trials) -> Callable[[Broken], None]:
-    """Run a broken configuration and judge how it is refused; each once, within a time box of its own per test."""
-    boxes: dict[str, TimeBox] = {}
+    """Run a broken configuration and judge how it is refused."""
 
     def judge(broken: Any) -> Violation | None:
         verdict = refusals.judge(trials, broken, known=not pytestconfig.getoption("no_known"))
@@ -235,30 +234,33 @@ def refuse(pytestconfig: pytest.Config, trials: Trials) -> Callable[[Broken], No
         event(f"{verdict.outcome} {verdict.known}".strip())
         return verdict.violation
 
-    def run(broken: Any) -> None:
-        name, seconds = os.environ.get("PYTEST_CURRENT_TEST", ""), pytestconfig.getoption("shrink_seconds")
-        box = boxes.get(name) or TimeBox(seconds, lambda _: None, size_of_broken, lambda *_: None)
-        boxes.setdefault(name, box).run(broken, judge)
+    return _boxed(pytestconfig, judge, size_of_broken)
+
+
+def _boxed(
+    config: pytest.Config, judge: Callable[[Any], Violation | None], size: Callable[[Any], Any]
+) -> Callable[[Any], None]:
+    """Judges each value once, within a time box of its own per test; raises the Violation."""
+    boxes: dict[str, TimeBox] = {}
+
+    def run(value: Any) -> None:
+        name, seconds = os.environ.get("PYTEST_CURRENT_TEST", ""), config.getoption("shrink_seconds")
+        box = boxes.get(name) or TimeBox(seconds, lambda _: None, size, lambda *_: None)
+        boxes.setdefault(name, box).run(value, judge)
 
     return run
 
 
 @pytest.fixture(scope="session")
 def make(pytestconfig: pytest.Config, trials: Trials) -> Callable[[Call], None]:
-    """Make a call of a function and judge it; each once, within a time box of its own per test."""
-    boxes: dict[str, TimeBox] = {}
+    """Make a call of a function and judge it."""
 
     def judge(call: Any) -> Violation | None:
         verdict = functions.judge(trials, call, step_around=not pytestconfig.getoption("no_known"))
         summary.count_call(pytestconfig.stash[TALLY], verdict)
         return verdict.violation
 
-    def run(call: Any) -> None:
-        name, seconds = os.environ.get("PYTEST_CURRENT_TEST", ""), pytestconfig.getoption("shrink_seconds")
-        box = boxes.get(name) or TimeBox(seconds, lambda _: None, size_of_call, lambda *_: None)
-        boxes.setdefault(name, box).run(call, judge)
-
-    return run
+    return _boxed(pytestconfig, judge, size_of_call)
 
 
 @pytest.hookimpl(wrapper=True)

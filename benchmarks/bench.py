@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from drawn import NUMBER, drawn, listed
@@ -38,11 +38,23 @@ from toy_models.spec import Batch, Layout
 WAYS = ("suite", "floor", "spawn", "multiproc")
 
 
-def suite(world: int, cases: Sequence[Case]) -> tuple[list[float], list[Verdict], float, float]:
-    """(a) Seconds and verdict of every case, seconds of the whole run with its start, and memory in GiB."""
+class Suite(NamedTuple):
+    """(a) Seconds of every case, `drawing` in the mean among them, and its verdict; seconds of the whole run with its
+    start; memory in GiB.
+    """
+
+    seconds: list[float]
+    verdicts: list[Verdict]
+    drawing: float
+    whole: float
+    memory: float
+
+
+def suite(world: int, cases: Sequence[Case]) -> Suite:
+    """Draw and judge every case."""
     began = time.perf_counter()
-    draw = (time.perf_counter(), drawn(world, len(cases)), time.perf_counter())
-    per_draw = (draw[2] - draw[0]) / len(cases)
+    drawn(world, len(cases))
+    per_draw = (time.perf_counter() - began) / len(cases)
     trials, seconds, verdicts = Trials(plants=known.mends()), [], []
     trials.judge(
         Case(layout=Layout(world=world), batch=Batch(rows=world))
@@ -54,8 +66,7 @@ def suite(world: int, cases: Sequence[Case]) -> tuple[list[float], list[Verdict]
         assert verdicts[-1].violation is None, verdicts[-1].violation
     used = memory()
     trials.close()
-    verdicts[0].seconds["drawing"] = per_draw  # type: ignore[index]
-    return seconds, verdicts, time.perf_counter() - began, used
+    return Suite(seconds, verdicts, per_draw, time.perf_counter() - began, used)
 
 
 def floor(world: int, cases: Sequence[Case]) -> list[float]:
@@ -120,27 +131,26 @@ def _spread(seconds: Sequence[float]) -> str:
 def measure(world: int, number: int, fresh: int) -> tuple[list[str], list[str], dict[str, float]]:
     """Rows of the two tables, and the medians."""
     cases = listed(world, number)
-    a, verdicts, whole, used = suite(world, cases)
+    a = suite(world, cases)
     b = floor(world, cases)
     c = [spawned(case) for case in track(cases[:fresh], description=f"spawn, {world} ranks")]
     d, whole_d = multiproc(world)
-    medians = dict(zip(WAYS, map(statistics.median, (a, b, c or [float("nan")], d)), strict=True))
-    shares = [medians["suite"] / medians["floor"], medians["spawn"] / medians["suite"], whole_d / whole]
-    row = [str(world), *map(_spread, (a, b, c or [float("nan")], d)), *(f"{share:.2f}" for share in shares)]
-    return row, [str(world), *_parts(verdicts), f"{used:.2f}"], medians
+    medians = dict(zip(WAYS, map(statistics.median, (a.seconds, b, c or [float("nan")], d)), strict=True))
+    shares = [medians["suite"] / medians["floor"], medians["spawn"] / medians["suite"], whole_d / a.whole]
+    row = [str(world), *map(_spread, (a.seconds, b, c or [float("nan")], d)), *(f"{share:.2f}" for share in shares)]
+    return row, [str(world), *_parts(a), f"{a.memory:.2f}"], medians
 
 
 STAGES = ("groups", "models", "rollout", "experience", "dispatch", "update", "gather", "reference", "laws", "drawing")
 
 
-def _parts(verdicts: Sequence[Verdict]) -> list[str]:
+def _parts(a: Suite) -> list[str]:
     """Mean milliseconds per case; `gather` is what the ranks take beyond their stages: calls, packing, twins."""
-    means: Mapping[str, float] = {
-        name: sum(v.seconds.get(name, 0.0) for v in verdicts) / len(verdicts) for name in (*STAGES, "ranks")
-    }
-    rest = means["ranks"] - sum(means[name] for name in STAGES[: STAGES.index("gather")])
-    drawing = verdicts[0].seconds["drawing"]
-    return [f"{1000 * {**means, 'gather': rest, 'drawing': drawing}[name]:.0f}" for name in STAGES]
+    number = len(a.verdicts)
+    means = {name: sum(v.seconds.get(name, 0.0) for v in a.verdicts) / number for name in (*STAGES, "ranks")}
+    inside = sum(means[name] for name in STAGES[: STAGES.index("gather")])
+    means |= {"gather": means["ranks"] - inside, "drawing": a.drawing}
+    return [f"{1000 * means[name]:.0f}" for name in STAGES]
 
 
 def chart(found: Mapping[int, Mapping[str, float]], file: str) -> None:

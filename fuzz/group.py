@@ -27,20 +27,21 @@ from fuzz.wire import Wire
 BACKEND = "wire"
 
 
+REDUCTIONS: tuple[tuple[Any, Callable], ...] = (  # an operation of torch's equals these, and has another hash
+    (dist.ReduceOp.SUM, torch.sum),
+    (dist.ReduceOp.AVG, lambda parts, axis: parts.sum(axis) / parts.shape[axis]),
+    (dist.ReduceOp.MAX, torch.amax),
+    (dist.ReduceOp.MIN, torch.amin),
+    (dist.ReduceOp.PRODUCT, torch.prod),
+)
+
+
 def reduced(parts: torch.Tensor, op: Any) -> torch.Tensor:
     """Reduce over the first axis, one entry per rank."""
-    if op == dist.ReduceOp.AVG:
-        return parts.sum(0) / parts.shape[0]
-    known: dict[Any, Callable] = {
-        dist.ReduceOp.SUM: torch.sum,
-        dist.ReduceOp.PRODUCT: torch.prod,
-        dist.ReduceOp.MAX: torch.amax,
-        dist.ReduceOp.MIN: torch.amin,
-    }
-    for name, function in known.items():
-        if op == name:
-            return function(parts, 0).to(parts.dtype)
-    raise NotImplementedError(f"the CPU platform reduces by sum, product, maximum, minimum and mean, not by {op}")
+    for known, function in REDUCTIONS:
+        if op == known:
+            return function(parts, 0).to(parts.dtype)  # type: ignore[no-any-return]
+    raise NotImplementedError(f"the CPU platform reduces by sum, mean, maximum, minimum and product, not by {op}")
 
 
 Base: Any = dist.ProcessGroup  # whose stubs promise a Work of C++
@@ -79,7 +80,7 @@ class Group(Base):
         [tensor], size = tensors, len(self._members)
         if size > 1:
             parts = tensor.new_empty((size, *tensor.shape))
-            self._swap([_bytes(tensor)] * size, [_view(part) for part in parts])
+            self._swap([_bytes(tensor)] * size, _split(parts, None, len(parts)))
             tensor.copy_(reduced(parts, op))
         return Done()
 
@@ -101,14 +102,14 @@ class Group(Base):
 
     def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> Done:
         parts = output.new_empty((len(self._members), input.numel()))
-        self._swap([_bytes(input)] * len(parts), [_view(part) for part in parts])
+        self._swap([_bytes(input)] * len(parts), _split(parts, None, len(parts)))
         output.copy_(parts.reshape(output.shape))
         return Done()
 
     def reduce_scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any = None) -> Done:
         [output], [chunks] = outputs, inputs
         parts = output.new_empty((len(chunks), *output.shape))
-        self._swap([_bytes(chunk) for chunk in chunks], [_view(part) for part in parts])
+        self._swap([_bytes(chunk) for chunk in chunks], _split(parts, None, len(parts)))
         output.copy_(reduced(parts, opts.reduceOp if opts else dist.ReduceOp.SUM))
         return Done()
 

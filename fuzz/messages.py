@@ -13,8 +13,9 @@ import torch
 
 
 def view_of(tensor: torch.Tensor) -> memoryview:
-    """Its bytes; `tensor` is contiguous."""
-    flat = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))  # one element may have any stride
+    """Its bytes, to be read or filled; `tensor` is contiguous."""
+    assert tensor.is_contiguous(), "a copy would be filled in its place"
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # one element may have any stride
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -40,7 +41,7 @@ class Sent(Done):
 
     def wait(self, *_: Any) -> bool:
         if self in _unsettled:
-            _settle(_unsettled.pop(self))
+            _settle(self)
         return True
 
     def touched(self) -> str:
@@ -54,7 +55,7 @@ class Sent(Done):
         return ""
 
 
-_unsettled: dict[Sent, Sent] = {}  # in the order in which they were sent
+_unsettled: dict[Sent, None] = {}  # a set in the order in which they were sent
 _messages: dict[str, Any] = {"sent": 0, "touched": []}
 
 
@@ -62,10 +63,12 @@ def send(tensor: torch.Tensor, to: int, post: Callable[[memoryview], None]) -> S
     """Post what a tensor holds; it is looked at again when the message is waited for, or at the end of the case."""
     message = Sent(tensor, to)
     post(memoryview(message.data))
-    return _unsettled.setdefault(message, message)
+    _unsettled[message] = None
+    return message
 
 
 def _settle(message: Sent) -> None:
+    del _unsettled[message]
     _messages["sent"] += 1
     if found := message.touched():
         _messages["touched"].append(found)
@@ -73,8 +76,8 @@ def _settle(message: Sent) -> None:
 
 def settled() -> dict[str, Any]:
     """At the end of a case: how many messages were sent, and which of their tensors were touched too early."""
-    while _unsettled:
-        _settle(_unsettled.pop(next(iter(_unsettled))))
+    for message in list(_unsettled):
+        _settle(message)
     found = dict(_messages)
     _messages.update(sent=0, touched=[])
     return found

@@ -79,35 +79,30 @@ def _recalled(bugs: Sequence[Plant], rows: tuple["Row", ...], asked: Asked, told
     from fuzz.hunt import control
 
     done: dict[str, Recalled] = {}
-    with closing(_Healthy()) as healthy:
+    with closing(_healthy()) as healthy:
         share = _alone(bugs, rows, asked, healthy, told) if asked.jobs == 1 else _shared(bugs, rows, asked)
         for one in share:
             done[one.id] = one
             told.done(one)
         number = sum(one.cases for one in done.values())
         told.now(f"control: {number} cases without a bug")
-        ran, alarms = control(healthy.trials, rows, number, partial(told.cases, f"control of {number}"))
+        ran, alarms = control(healthy, rows, number, partial(told.cases, f"control of {number}"))
     return Recall(tuple(bugs), tuple(done[bug.id] for bug in bugs), Control(ran, tuple(alarms)), asked.seconds)
 
 
-class _Healthy:
+def _healthy() -> "Trials":
     """Pools without a bug, warm over all bugs: what a case gives there depends on the case alone."""
+    from fuzz.trial import Trials
 
-    def __init__(self) -> None:
-        from fuzz.trial import Trials
-
-        self.trials: Trials = Trials(plants=known.mends())
-
-    def close(self) -> None:
-        self.trials.close()
+    return Trials(plants=known.mends())
 
 
 def _alone(
-    bugs: Sequence[Plant], rows: tuple["Row", ...], asked: Asked, healthy: _Healthy, told: "_Told"
+    bugs: Sequence[Plant], rows: tuple["Row", ...], asked: Asked, healthy: "Trials", told: "_Told"
 ) -> Iterator["Recalled"]:
     for bug in bugs:
         told.now(bug.id)
-        yield hunted(bug, rows, asked, healthy.trials, partial(told.cases, bug.id))
+        yield hunted(bug, rows, asked, healthy, partial(told.cases, bug.id))
 
 
 def hunted(
@@ -187,9 +182,9 @@ def _work(pipe: Connection, rows: tuple["Row", ...], asked: Asked) -> None:
     """In a process of its own: answer for one bug after the other until the pipe is closed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     start()
-    with closing(_Healthy()) as healthy, contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+    with closing(_healthy()) as healthy, contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
-            pipe.send(hunted(pipe.recv(), rows, asked, healthy.trials, lambda cases: None))
+            pipe.send(hunted(pipe.recv(), rows, asked, healthy, lambda cases: None))
 
 
 def _end_with_parent() -> None:

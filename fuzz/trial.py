@@ -7,7 +7,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +20,7 @@ from toy_models.batching import padded_width, partition
 
 KEPT_REFERENCES = 64
 KEPT_POOLS = 6
+RUN_CALL = "fuzz.functions.run:run"
 PARTS = ("reference", "ranks", "laws")  # where the parent's seconds of a case go, in Verdict.seconds
 
 
@@ -92,14 +92,10 @@ class Trials:
 
     def call(self, call: Any) -> list[Observation]:
         """What the ranks saw of one call of a function; the first death or hang of a cause is confirmed."""
-        run = partial(self._pool(call.layout.world).run, "fuzz.functions.run:run", call)
-        seen = run()
-        lost = _lost(seen)
-        if lost is None or lost in self._confirmed:
-            return seen
-        again = run(times_patience=2.0)
-        self._confirmed |= {lost_again} if (lost_again := _lost(again)) else set()
-        return again
+        seen, _ = self._sure(
+            lambda patience: self._pool(call.layout.world).run(RUN_CALL, call, times_patience=patience)
+        )
+        return seen
 
     def close(self) -> None:
         """End all processes."""
@@ -109,17 +105,23 @@ class Trials:
         self._truth = None
 
     def _ranks(self, case: Case, reference: Observation, times_patience: float) -> tuple[list[Observation], list[str]]:
-        """What the ranks saw, and why it says nothing. The first death or hang of a cause is confirmed."""
-        seen = self._run(case, reference, times_patience)
+        """What the ranks saw, and why it says nothing."""
+        seen, once = self._sure(lambda more: self._run(case, reference, more * times_patience))
+        return seen, _starved(seen) or (["a rank was lost once, and not when the case ran again"] if once else [])
+
+    def _sure(self, run: Callable[[float], list[Observation]]) -> tuple[list[Observation], bool]:
+        """What the ranks saw, and whether a rank was lost that was not when it ran again, with twice the patience.
+
+        The first death or hang of a cause is confirmed, in a fresh pool: one that lost a rank was closed.
+        """
+        seen = run(1.0)
         lost = _lost(seen)
         if lost is None or lost in self._confirmed:
-            return seen, _starved(seen)
-        # In a fresh pool: one that lost a rank was closed.
-        again = self._run(case, reference, 2 * times_patience)
-        self._confirmed |= {lost_again} if (lost_again := _lost(again)) else set()
-        return again, _starved(again) or (
-            [] if _lost(again) else ["a rank was lost once, and not when the case ran again"]
-        )
+            return seen, False
+        again = run(2.0)
+        lost_again = _lost(again)
+        self._confirmed |= {lost_again} if lost_again else set()
+        return again, lost_again is None
 
     def _run(self, case: Case, reference: Observation, times_patience: float) -> list[Observation]:
         pool, tokens = self._pool(case.layout.world), forced_tokens(case, reference)

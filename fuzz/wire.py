@@ -1,8 +1,8 @@
 """Bytes between the ranks of one machine, over Unix sockets: what one posts on a channel, the other takes in order.
 
 Knows sockets and nothing of torch, of groups or of what the bytes mean. A rank reads for itself when it takes: no
-thread stands between, so that an exchange of 4 ranks wakes 4 threads. Gloo's wakes some 40 and takes ten times as long
-on 2 cores (`benchmarks/wire.py`).
+thread stands between. Gloo has one that waits for sockets and wakes the one that waits for it; its exchange takes ten
+times as long on 2 cores (`benchmarks/wire.py`).
 """
 
 import contextlib
@@ -34,15 +34,12 @@ class Wire:
 
     def post(self, peer: int, channel: int, data: memoryview) -> None:
         """Send; returns at once, and `data` may change then."""
-        head, late = HEAD.pack(channel, len(data)), self._late.get(peer)
-        if late is not None and late.unfinished_tasks:
-            return late.put(head + data)
-        with _gone(peer), contextlib.suppress(BlockingIOError):
-            sent = self._peers[peer].sendmsg((head, data), (), socket.MSG_DONTWAIT)
-            if sent == len(head) + len(data):
-                return None
-            return self._sender(peer).put((head + data)[sent:])
-        return self._sender(peer).put(head + data)
+        head, late, sent = HEAD.pack(channel, len(data)), self._late.get(peer), 0
+        if late is None or not late.unfinished_tasks:
+            with _gone(peer), contextlib.suppress(BlockingIOError):
+                sent = self._peers[peer].sendmsg((head, data), (), socket.MSG_DONTWAIT)
+        if sent < len(head) + len(data):
+            self._sender(peer).put((head + data)[sent:])
 
     def _sender(self, peer: int) -> "queue.Queue[bytes]":
         """What the socket has no room for is sent by a thread of its own."""
