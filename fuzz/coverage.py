@@ -123,6 +123,8 @@ def _raggedness(case: Case) -> str:
 
 def _has_holes(case: Case) -> bool:
     """Whether the environment puts a token between two of a row: one before all others leaves nothing to carry over."""
+    if not case.batch.holes:
+        return False
     limits = enumerate(batching.response_limits(case.batch, case.seed))
     places = ((row, position) for row, limit in limits for position in range(1, limit - 1))
     return any(batching.forced_token(case.model, case.batch, case.seed, 0, *place) is not None for place in places)

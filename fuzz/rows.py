@@ -9,7 +9,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from fuzz import meetings
 from fuzz.case import Case
@@ -41,10 +41,15 @@ class Row:
     sizes: tuple[int, ...]
     case: Case
 
-    @property
+    @cached_property
     def words(self) -> dict[str, str]:
         """What it covers."""
         return words(self.case, DIMENSIONS)
+
+    @cached_property
+    def said(self) -> set[str]:
+        """The same as parts of meetings."""
+        return {f"{name}={word}" for name, word in self.words.items()}
 
 
 def made(world: int, script: Script, chance: random.Random) -> Row:
@@ -133,13 +138,13 @@ class _Search:
         starts = [self._made((_place(world),)) for _ in range(STARTS)]
         unseen = set(self._having)
         while unseen:
-            row = max(starts, key=lambda row: len(unseen & _said(row)))
-            unseen -= _said(row)
+            row = max(starts, key=lambda row: len(unseen & row.said))
+            unseen -= row.said
             self._probe(row)
 
     def _made(self, script: Script) -> Row:
         row = made(self._world, script, self._chance)
-        for word in _said(row):
+        for word in row.said:
             having = self._having[word]
             having[KEPT - 1 :] = [*having[KEPT - 1 :], row][:1]
         return row
@@ -192,13 +197,9 @@ class _Search:
         return self._chance.sample(words, len(words))
 
 
-def _said(row: Row) -> set[str]:
-    return {f"{name}={word}" for name, word in row.words.items()}
-
-
 def _has(row: Row, wanted: Meeting) -> bool:
-    return set(wanted) <= _said(row)
+    return row.said.issuperset(wanted)
 
 
 def _gain(row: Row, missing: set[Meeting]) -> int:
-    return sum(meeting in missing for meeting in pairs(row.words))
+    return len(missing.intersection(pairs(row.words)))

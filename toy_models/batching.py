@@ -5,7 +5,7 @@ Stdlib only, so that trainer and reference agree in every process, version and l
 
 import hashlib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from toy_models.spec import PPO, Batch, Layout, MoEModel
 
@@ -52,11 +52,13 @@ def _length(batch: Batch, most: int, *key: int | str) -> int:
     return 1 if batch.raggedness == "one_long" else 1 + int(uniform(*key) * most)
 
 
+@lru_cache(maxsize=64)
 def prompt_lengths(batch: Batch, seed: int) -> tuple[int, ...]:
     """Tokens in the prompt of each row, 1..batch.prompt."""
     return tuple(_length(batch, batch.prompt, "prompt", seed, row) for row in range(batch.rows))
 
 
+@lru_cache(maxsize=64)
 def response_limits(batch: Batch, seed: int) -> tuple[int, ...]:
     """Tokens that each row may generate at most, 1..batch.response."""
     return tuple(_length(batch, batch.response, "response", seed, row) for row in range(batch.rows))
