@@ -18,11 +18,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from fuzz import drive, pulse
 from fuzz.broken import Broken
-from toy_models import batching, megatron, ppo
+from toy_models import batching, megatron, megatron_config, ppo
 
 CALLED = {
     "groups": (parallel_state, "initialize_model_parallel"),
-    "config": (megatron, "TransformerConfig"),
+    "config": (megatron_config, "TransformerConfig"),
     "gpt": (megatron, "GPTModel"),
     "ddp": (megatron, "DistributedDataParallelConfig"),
     "optimizer": (megatron, "OptimizerConfig"),

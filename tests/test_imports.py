@@ -37,8 +37,8 @@ REFERENCE = Row(
 )
 SYSTEM = Row(
     "torch.* torch.distributed.* megatron.core.* toy_models.spec toy_models.families toy_models.weights "
-    "toy_models.batching toy_models.coordinates toy_models.megatron_names toy_models.attention "
-    "toy_models.precision toy_models.megatron toy_models.ppo toy_models.planted.*"
+    "toy_models.batching toy_models.coordinates toy_models.megatron_names toy_models.megatron_config "
+    "toy_models.megatron_modules toy_models.precision toy_models.megatron toy_models.ppo toy_models.planted.*"
 )
 PARENT = Row(
     "torch.* hypothesis.* pytest rich.* fuzz.case fuzz.case_json fuzz.strategies fuzz.forking fuzz.ranks fuzz.laws.* "
@@ -96,7 +96,7 @@ TABLE = {
     "fuzz.broken_strategies": Row("hypothesis.* fuzz.breakages fuzz.broken fuzz.case fuzz.strategies"),
     "fuzz.refuse": Row(
         "torch.* megatron.core.* fuzz.broken fuzz.drive fuzz.pulse toy_models.batching toy_models.megatron "
-        "toy_models.ppo"
+        "toy_models.megatron_config toy_models.ppo"
     ),
     "fuzz.refusals": Row("fuzz.broken fuzz.case fuzz.known_refusals fuzz.laws.* fuzz.trial"),
     "fuzz.known_refusals": Row("fuzz.broken fuzz.case fuzz.known toy_models.spec"),
@@ -139,7 +139,13 @@ TABLE = {
     "fuzz.coverage": Row("fuzz.case fuzz.space toy_models.batching toy_models.spec"),
     "fuzz.meetings": Row("fuzz.coverage fuzz.space"),
     "fuzz.rows": Row("fuzz.case fuzz.choices fuzz.coverage fuzz.meetings fuzz.space fuzz.strategies toy_models.spec"),
-    "fuzz.strategies": Row("hypothesis.* fuzz.case fuzz.choices fuzz.space toy_models.spec"),
+    "fuzz.draws": Row("fuzz.choices fuzz.space"),
+    "fuzz.layout_strategies": Row("hypothesis.* fuzz.choices fuzz.draws fuzz.space toy_models.spec"),
+    "fuzz.model_strategies": Row("fuzz.choices fuzz.draws toy_models.spec"),
+    "fuzz.strategies": Row(
+        "hypothesis.* fuzz.case fuzz.choices fuzz.draws fuzz.layout_strategies fuzz.model_strategies fuzz.space "
+        "toy_models.spec"
+    ),
     "fuzz.summary": Row(
         "rich.* fuzz.coverage fuzz.known fuzz.laws.* fuzz.meetings fuzz.refusals fuzz.space fuzz.trial "
         "fuzz.functions.families fuzz.functions.judge"
@@ -162,6 +168,8 @@ TABLE = {
     "toy_models.attention": Row("torch.* megatron.core.* toy_models.batching"),
     "toy_models.families": Row("torch.* transformers.* toy_models.spec"),
     "toy_models.megatron": SYSTEM,
+    "toy_models.megatron_config": Row("torch.* megatron.core.* toy_models.families toy_models.spec toy_models.weights"),
+    "toy_models.megatron_modules": Row("torch.* torch.distributed.* megatron.core.* toy_models.attention"),
     "toy_models.planted.*": SYSTEM,
     "toy_models.ppo": SYSTEM,
     "toy_models.precision": Row("torch.*"),
@@ -175,7 +183,10 @@ TABLE = {
     ),
     "toy_models.routing": Row("torch.* toy_models.spec"),
     "toy_models.taps": Row("torch.*"),
-    "toy_models.spec": Row(),
+    "toy_models.checks": Row(),
+    "toy_models.layout": Row("toy_models.checks"),
+    "toy_models.model": Row("toy_models.checks"),
+    "toy_models.spec": Row("toy_models.checks toy_models.layout toy_models.model"),
     "toy_models.coordinates": Row("toy_models.spec"),
     "toy_models.batching": Row("toy_models.spec"),
     "toy_models.megatron_names": Row("torch.* toy_models.spec toy_models.weights"),
@@ -353,4 +364,4 @@ def test_the_parts_of_a_case_cost_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0, done.stderr
     loaded = {name for name in done.stdout.split() if name.split(".")[0] not in sys.stdlib_module_names}
-    assert loaded == {"toy_models", "toy_models.spec"}
+    assert loaded == {"toy_models", *(f"toy_models.{name}" for name in ("checks", "layout", "model", "spec"))}

@@ -17,7 +17,7 @@ from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from fuzz import choices, strategies
+from fuzz import choices, layout_strategies
 from fuzz.case import PRECISIONS, TWINS, Case
 from fuzz.space import DEGREES, EPSILONS, NAMED, PINNED, VALUES, all_layouts, schedules, worlds_below
 from fuzz.strategies import cases, layouts
@@ -212,7 +212,7 @@ def test_every_schedule_of_virtual_stages_is_one_that_runs() -> None:
 def chosen(degrees: list[int]) -> Counter[int]:
     """How many of all pairs of choices draw each degree."""
     pairs = itertools.product(range(len(DEGREES)), range(len(degrees)))
-    return Counter(strategies._degree(partial(next, iter(pair)), degrees) for pair in pairs)
+    return Counter(layout_strategies._degree(partial(next, iter(pair)), degrees) for pair in pairs)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])

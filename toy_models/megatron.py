@@ -1,187 +1,29 @@
-"""The four models of PPO on megatron-core: configuration, layer spec, weights in and out under canonical names.
+"""The four models of PPO on megatron-core: built, loaded and wrapped, with weights in and out under canonical names.
 
 Knows layouts and weights; knows nothing of PPO, of the reference or of the fuzzer. Process groups are made by the
 caller: `Role.groups` has them, whether or not megatron takes its own from `parallel_state`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from toy_models import families, megatron_names, weights
-from toy_models.attention import ContextParallelAttention
 from toy_models.batching import padded_width
 from toy_models.coordinates import chunks, coordinates, is_first, is_last
+from toy_models.megatron_config import DTYPES, TRAINED, transformer_config
+from toy_models.megatron_modules import ScalarHead, block_spec
 from toy_models.megatron_names import Shard
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
-
-TRAINED = ("actor", "critic")
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm as a layer-spec choice: megatron's own wrapper refuses sequence parallel."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-class ScalarHead(torch.nn.Module):
-    """One number per position, replicated over TP: [S/TP, B, H] -> [S, B, 1], the head of critic and reward model.
-
-    Stands where GPTModel has its output layer, as in verl's `LinearForLastLayer`. Each TP rank sees its part of the
-    sequence, so the weight is marked `sequence_parallel` and finalize_model_grads sums its gradient over TP.
-    """
-
-    def __init__(self, config: TransformerConfig, tp: torch.distributed.ProcessGroup) -> None:
-        super().__init__()
-        self.tp = tp
-        self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, hidden: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
-        values = hidden @ self.weight.t()
-        if self.weight.sequence_parallel:  # type: ignore[attr-defined]
-            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=self.tp)
-        return values, None
-
-
-def _balancing(model: MoEModel) -> dict[str, Any]:
-    """One load balancing type as a name, several as a list."""
-    names, coefficients = list(model.load_losses) or ["none"], list(model.load_losses.values()) or [0.0]
-    several = len(names) > 1
-    return {
-        "moe_router_load_balancing_type": names if several else names[0],
-        "moe_aux_loss_coeff": coefficients if several else coefficients[0],
-    }
-
-
-def _options(model: MoEModel) -> dict[str, Any]:
-    """What the model asks of TransformerConfig, whatever the layout."""
-    return {
-        "num_layers": model.layers,
-        "hidden_size": model.hidden,
-        "num_attention_heads": model.heads,
-        "num_query_groups": model.kv_heads,
-        "kv_channels": model.head_dim,
-        "ffn_hidden_size": model.dense_ffn or model.ffn,
-        "moe_layer_freq": [int(layer in model.moe) for layer in range(model.layers)],
-        "moe_ffn_hidden_size": model.ffn,
-        "num_moe_experts": model.experts,
-        "moe_router_topk": model.top_k,
-        "moe_router_pre_softmax": not model.norm_topk_prob,
-        "moe_router_score_function": model.score,
-        "moe_router_enable_expert_bias": model.expert_bias > 0,
-        "moe_router_bias_update_rate": model.bias_rate,
-        "moe_router_topk_scaling_factor": model.scaling if model.scaling != 1 else None,
-        "moe_router_num_groups": model.expert_groups or None,
-        "moe_router_group_topk": model.group_topk or None,
-        **_balancing(model),
-        "moe_expert_capacity_factor": model.capacity or None,
-        "moe_pad_expert_input_to_capacity": model.pad_to_capacity,
-        "moe_z_loss_coeff": model.z_loss or None,
-        "moe_shared_expert_intermediate_size": model.shared_ffn or None,
-        "moe_shared_expert_gate": model.family in weights.SHARED_GATE,
-        "add_qkv_bias": model.family in weights.QKV_BIAS,
-        "qk_layernorm": model.family in weights.QK_NORM,
-        "layernorm_epsilon": families.rms_norm_eps(model.family),
-    }
-
-
-# No dropout, no fusion (they need CUDA).
-FIXED: dict[str, Any] = {
-    "normalization": "RMSNorm",
-    "gated_linear_unit": True,
-    "activation_func": torch.nn.functional.silu,
-    "add_bias_linear": False,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "use_cpu_initialization": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "masked_softmax_fusion": False,
-    "apply_rope_fusion": False,
-    "persist_layer_norm": False,
-    "gradient_accumulation_fusion": False,
-}
-
-
-def _pipeline(layout: Layout) -> dict[str, Any]:
-    """How the layers are cut into stages, by the option of megatron that the layout names."""
-    options: dict[str, Any] = {"pipeline_model_parallel_size": layout.pp}
-    if layout.vpp > 1:
-        options["virtual_pipeline_model_parallel_size"] = layout.vpp
-    if layout.split == "ends":
-        options["num_layers_in_first_pipeline_stage"] = layout.stages[0] * layout.vpp
-        options["num_layers_in_last_pipeline_stage"] = layout.stages[-1] * layout.vpp
-    elif layout.split == "list":
-        listed = [["decoder"] * count for count in layout.stages]
-        listed[0], listed[-1] = ["embedding", *listed[0]], [*listed[-1], "loss"]
-        options["pipeline_model_parallel_layout"] = listed
-    options["account_for_embedding_in_pipeline_split"] = layout.split in ("embedding", "both")
-    options["account_for_loss_in_pipeline_split"] = layout.split in ("loss", "both")
-    return options
-
-
-def transformer_config(
-    model: MoEModel, layout: Layout, switches: Switches, precision: str, role: str = "actor"
-) -> TransformerConfig:
-    """A TransformerConfig of its own for each model: schedules hang functions on it."""
-    config = TransformerConfig(
-        **_options(model),
-        **_pipeline(layout),
-        **FIXED,
-        tensor_model_parallel_size=layout.tp,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
-        sequence_parallel=layout.tp > 1 and (switches.forward_sp or role in TRAINED),
-        moe_token_dispatcher_type=switches.dispatcher,
-        moe_router_dtype=None if switches.router_dtype == "none" else switches.router_dtype,
-        perform_initialization=switches.perform_initialization,
-        batch_p2p_comm=switches.p2p == "batched",
-        overlap_p2p_comm=switches.p2p in ("overlapped", "flushed"),
-        overlap_p2p_comm_warmup_flush=switches.p2p == "flushed",
-        deallocate_pipeline_outputs=switches.deallocate,
-        microbatch_group_size_per_vp_stage=switches.group or layout.pp if layout.vpp > 1 else None,
-        params_dtype=DTYPES[precision],
-        pipeline_dtype=DTYPES[precision],
-    )
-    config.finalize_model_grads_func = finalize_model_grads
-    return config
-
-
-def _spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int | None) -> TransformerBlockSubmodules:
-    """Megatron's own choice of layers for a stage, with norms and an attention that run here."""
-    block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank
-    )
-    for layer in block.layer_specs:
-        parts = layer.submodules
-        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-        attention = parts.self_attention.submodules
-        if config.qk_layernorm:
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
-        if config.context_parallel_size > 1:
-            attention.core_attention = ContextParallelAttention
-    return replace(block, layer_norm=RMSNorm)
 
 
 def build(
@@ -198,7 +40,7 @@ def build(
     vp_stage = stage if layout.vpp > 1 else None
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=_spec(config, vp_stage, coordinates(layout, rank).pp if explicit else None),
+        transformer_layer_spec=block_spec(config, vp_stage, coordinates(layout, rank).pp if explicit else None),
         vocab_size=model.vocab,
         max_sequence_length=padded_width(layout, batch),
         pre_process=is_first(layout, rank) and stage == 0,

@@ -1,0 +1,121 @@
+"""Model, layout and switches as megatron-core's TransformerConfig.
+
+Knows which option of megatron each field asks for; no process groups, no modules, no weights but which family has what.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from toy_models import families, weights
+from toy_models.spec import Layout, MoEModel, Switches
+
+TRAINED = ("actor", "critic")
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+def _balancing(model: MoEModel) -> dict[str, Any]:
+    """One load balancing type as a name, several as a list."""
+    names, coefficients = list(model.load_losses) or ["none"], list(model.load_losses.values()) or [0.0]
+    several = len(names) > 1
+    return {
+        "moe_router_load_balancing_type": names if several else names[0],
+        "moe_aux_loss_coeff": coefficients if several else coefficients[0],
+    }
+
+
+def _options(model: MoEModel) -> dict[str, Any]:
+    """What the model asks of TransformerConfig, whatever the layout."""
+    return {
+        "num_layers": model.layers,
+        "hidden_size": model.hidden,
+        "num_attention_heads": model.heads,
+        "num_query_groups": model.kv_heads,
+        "kv_channels": model.head_dim,
+        "ffn_hidden_size": model.dense_ffn or model.ffn,
+        "moe_layer_freq": [int(layer in model.moe) for layer in range(model.layers)],
+        "moe_ffn_hidden_size": model.ffn,
+        "num_moe_experts": model.experts,
+        "moe_router_topk": model.top_k,
+        "moe_router_pre_softmax": not model.norm_topk_prob,
+        "moe_router_score_function": model.score,
+        "moe_router_enable_expert_bias": model.expert_bias > 0,
+        "moe_router_bias_update_rate": model.bias_rate,
+        "moe_router_topk_scaling_factor": model.scaling if model.scaling != 1 else None,
+        "moe_router_num_groups": model.expert_groups or None,
+        "moe_router_group_topk": model.group_topk or None,
+        **_balancing(model),
+        "moe_expert_capacity_factor": model.capacity or None,
+        "moe_pad_expert_input_to_capacity": model.pad_to_capacity,
+        "moe_z_loss_coeff": model.z_loss or None,
+        "moe_shared_expert_intermediate_size": model.shared_ffn or None,
+        "moe_shared_expert_gate": model.family in weights.SHARED_GATE,
+        "add_qkv_bias": model.family in weights.QKV_BIAS,
+        "qk_layernorm": model.family in weights.QK_NORM,
+        "layernorm_epsilon": families.rms_norm_eps(model.family),
+    }
+
+
+# No dropout, no fusion (they need CUDA).
+FIXED: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": torch.nn.functional.silu,
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "use_cpu_initialization": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+    "gradient_accumulation_fusion": False,
+}
+
+
+def _pipeline(layout: Layout) -> dict[str, Any]:
+    """How the layers are cut into stages, by the option of megatron that the layout names."""
+    options: dict[str, Any] = {"pipeline_model_parallel_size": layout.pp}
+    if layout.vpp > 1:
+        options["virtual_pipeline_model_parallel_size"] = layout.vpp
+    if layout.split == "ends":
+        options["num_layers_in_first_pipeline_stage"] = layout.stages[0] * layout.vpp
+        options["num_layers_in_last_pipeline_stage"] = layout.stages[-1] * layout.vpp
+    elif layout.split == "list":
+        listed = [["decoder"] * count for count in layout.stages]
+        listed[0], listed[-1] = ["embedding", *listed[0]], [*listed[-1], "loss"]
+        options["pipeline_model_parallel_layout"] = listed
+    options["account_for_embedding_in_pipeline_split"] = layout.split in ("embedding", "both")
+    options["account_for_loss_in_pipeline_split"] = layout.split in ("loss", "both")
+    return options
+
+
+def transformer_config(
+    model: MoEModel, layout: Layout, switches: Switches, precision: str, role: str = "actor"
+) -> TransformerConfig:
+    """A TransformerConfig of its own for each model: schedules hang functions on it."""
+    config = TransformerConfig(
+        **_options(model),
+        **_pipeline(layout),
+        **FIXED,
+        tensor_model_parallel_size=layout.tp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        sequence_parallel=layout.tp > 1 and (switches.forward_sp or role in TRAINED),
+        moe_token_dispatcher_type=switches.dispatcher,
+        moe_router_dtype=None if switches.router_dtype == "none" else switches.router_dtype,
+        perform_initialization=switches.perform_initialization,
+        batch_p2p_comm=switches.p2p == "batched",
+        overlap_p2p_comm=switches.p2p in ("overlapped", "flushed"),
+        overlap_p2p_comm_warmup_flush=switches.p2p == "flushed",
+        deallocate_pipeline_outputs=switches.deallocate,
+        microbatch_group_size_per_vp_stage=switches.group or layout.pp if layout.vpp > 1 else None,
+        params_dtype=DTYPES[precision],
+        pipeline_dtype=DTYPES[precision],
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    return config
