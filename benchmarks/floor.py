@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from fuzz import drive, pulse
 from fuzz.case import Case, Rollout, twin_of
-from toy_models import megatron, ppo, precision
+from toy_models import megatron, ppo, precision, sampling
+from toy_models.experience import gather_experience
 from toy_models.weights import ROLES
 
 
@@ -42,8 +43,8 @@ def _iterations(progress: Callable[[str], None], case: Case) -> float:
         for operation in case.program:
             if isinstance(operation, Rollout):
                 iteration += 1
-                rollout = ppo.roll_out(case, roles["actor"], iteration, {})
-                experience = ppo.gather_experience(case, roles, rollout)
+                rollout = sampling.roll_out(case, roles["actor"], iteration, {})
+                experience = gather_experience(case, roles, rollout)
             elif experience is not None:
                 ppo.update(case, roles, experience, lambda *_: None)
         dist.barrier()

@@ -24,7 +24,8 @@ from megatron.core.transformer.moe import moe_utils
 from fuzz import cpu_platform, group, messages, probe, pulse, recorder
 from fuzz.case import Case, Rollout, Update
 from fuzz.plants import load
-from toy_models import megatron, ppo, precision
+from toy_models import megatron, ppo, precision, sampling
+from toy_models.experience import Experience, gather_experience
 from toy_models.megatron import Role
 from toy_models.spec import Layout
 from toy_models.weights import ROLES
@@ -215,13 +216,13 @@ def _run(case: Case, roles: Mapping[str, Role], forced: Mapping[int, Mapping], s
             _update(case, roles, iteration, experience, seen)
 
 
-def _experience(case: Case, roles: Mapping[str, Role], iteration: int, forced: Mapping, seen: Seen) -> ppo.Experience:
+def _experience(case: Case, roles: Mapping[str, Role], iteration: int, forced: Mapping, seen: Seen) -> Experience:
     key = str(iteration)
     seen.digest(f"{key}/start", roles)
     with seen.stage("rollout"):
-        rollout = ppo.roll_out(case, roles["actor"], iteration, forced)
+        rollout = sampling.roll_out(case, roles["actor"], iteration, forced)
     with seen.stage("experience"), probe.recording(roles["actor"]) as record:
-        experience = ppo.gather_experience(case, roles, rollout)
+        experience = gather_experience(case, roles, rollout)
     width = case.batch.prompt + case.batch.response
     seen.tensors[f"{key}/tokens"], seen.tensors[f"{key}/mask"] = rollout.tokens_RW[:, :width], rollout.mask_RT
     for name in ("old_logp", "ref_logp", "values", "scores", "rewards", "advantages", "returns"):
@@ -240,7 +241,7 @@ def _probe(actor: Role, record: probe.Record, key: str, seen: Seen) -> None:
         seen.facts[f"{key}/dispatch/{layer}/splits"] = facts
 
 
-def _update(case: Case, roles: Mapping[str, Role], iteration: int, experience: ppo.Experience, seen: Seen) -> None:
+def _update(case: Case, roles: Mapping[str, Role], iteration: int, experience: Experience, seen: Seen) -> None:
     def watch(moment: str, role: Role, step: int, numbers: Mapping[str, Any]) -> None:
         prefix = f"{iteration}/{step}"
         if moment == "gradients":

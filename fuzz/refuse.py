@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from fuzz import drive, pulse
 from fuzz.broken import Broken
-from toy_models import batching, megatron, megatron_config, ppo
+from toy_models import batching, megatron, megatron_config, passes
 
 CALLED = {
     "groups": (parallel_state, "initialize_model_parallel"),
@@ -66,7 +66,7 @@ def _overridden(broken: Broken) -> Iterator[None]:
         partial(_schedule, get_forward_backward_func, _plain(broken.of("schedule"))),
         broken.of("inputs"),
     )
-    fronts.append((ppo, "get_forward_backward_func", schedule))
+    fronts.append((passes, "get_forward_backward_func", schedule))
     if wider:
         fronts += [(owner, "padded_width", lambda *_: wider["width"]) for owner in (batching, megatron)]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in fronts]

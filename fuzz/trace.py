@@ -13,8 +13,10 @@ import torch
 from fuzz import probe
 from fuzz.case import Case
 from fuzz.drive import Seen, groups_of
-from toy_models import megatron, ppo, precision
+from toy_models import megatron, ppo, precision, sampling
+from toy_models.experience import Experience, gather_experience
 from toy_models.megatron import Role
+from toy_models.passes import Rollout
 from toy_models.taps import Taps
 from toy_models.weights import ROLES
 
@@ -47,10 +49,10 @@ def step(progress: Progress, case: Case, near: Forced, responses_RT: torch.Tenso
         groups = groups_of(case, seen)
         roles = {name: megatron.make_role(case, name, groups) for name in ROLES}
         progress("rollout")
-        sampled = ppo.roll_out(case, roles["actor"], 0, near)
-        rollout = ppo.roll_out(case, roles["actor"], 0, _all(responses_RT))
+        sampled = sampling.roll_out(case, roles["actor"], 0, near)
+        rollout = sampling.roll_out(case, roles["actor"], 0, _all(responses_RT))
         progress("experience")
-        experience = ppo.gather_experience(case, roles, rollout)
+        experience = gather_experience(case, roles, rollout)
         seen.tensors |= _experienced(case, sampled, experience)
         _update(case, roles, experience, seen, progress)
     return {"tensors": seen.tensors, "numbers": seen.numbers, "facts": seen.facts}
@@ -60,13 +62,13 @@ def _all(responses_RT: torch.Tensor) -> Forced:
     return {(row, at): token for row, tokens in enumerate(responses_RT.tolist()) for at, token in enumerate(tokens)}
 
 
-def _experienced(case: Case, sampled: ppo.Rollout, experience: ppo.Experience) -> dict[str, torch.Tensor]:
+def _experienced(case: Case, sampled: Rollout, experience: Experience) -> dict[str, torch.Tensor]:
     width = case.batch.prompt + case.batch.response
     found = {"0/tokens": sampled.tokens_RW[:, :width], "0/mask": sampled.mask_RT}
     return found | {f"0/{name}": getattr(experience, name) for name in EXPERIENCE}
 
 
-def _update(case: Case, roles: Mapping[str, Role], experience: ppo.Experience, seen: Seen, progress: Progress) -> None:
+def _update(case: Case, roles: Mapping[str, Role], experience: Experience, seen: Seen, progress: Progress) -> None:
     with contextlib.ExitStack() as stack:
         watched = {name: stack.enter_context(_tapped(roles[name], progress)) for name in ("actor", "critic")}
         stack.enter_context(contextlib.suppress(_Enough))

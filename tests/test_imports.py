@@ -38,7 +38,8 @@ REFERENCE = Row(
 SYSTEM = Row(
     "torch.* torch.distributed.* megatron.core.* toy_models.spec toy_models.families toy_models.weights "
     "toy_models.batching toy_models.coordinates toy_models.megatron_names toy_models.megatron_config "
-    "toy_models.megatron_modules toy_models.precision toy_models.megatron toy_models.ppo toy_models.planted.*"
+    "toy_models.megatron_modules toy_models.precision toy_models.megatron toy_models.passes toy_models.readings "
+    "toy_models.sampling toy_models.experience toy_models.ppo toy_models.planted.*"
 )
 PARENT = Row(
     "torch.* hypothesis.* pytest rich.* fuzz.case fuzz.case_json fuzz.strategies fuzz.forking fuzz.ranks fuzz.laws.* "
@@ -76,11 +77,12 @@ TABLE = {
     "fuzz.drive": Row(
         "torch.* torch.distributed.* megatron.core.* fuzz.case fuzz.cpu_platform fuzz.group fuzz.messages fuzz.plants "
         "fuzz.probe fuzz.pulse fuzz.recorder "
-        "toy_models.spec toy_models.weights toy_models.precision toy_models.megatron toy_models.ppo"
+        "toy_models.spec toy_models.weights toy_models.precision toy_models.megatron toy_models.sampling "
+        "toy_models.experience toy_models.ppo"
     ),
     "fuzz.trace": Row(
-        "torch.* fuzz.case fuzz.drive fuzz.probe toy_models.megatron toy_models.ppo toy_models.precision "
-        "toy_models.taps toy_models.weights"
+        "torch.* fuzz.case fuzz.drive fuzz.probe toy_models.megatron toy_models.passes toy_models.sampling "
+        "toy_models.experience toy_models.ppo toy_models.precision toy_models.taps toy_models.weights"
     ),
     "fuzz.truth_trace": Row("torch.* fuzz.case fuzz.truth toy_models.reference_trace"),
     "fuzz.modules": Row("toy_models.spec"),
@@ -96,7 +98,7 @@ TABLE = {
     "fuzz.broken_strategies": Row("hypothesis.* fuzz.breakages fuzz.broken fuzz.case fuzz.strategies"),
     "fuzz.refuse": Row(
         "torch.* megatron.core.* fuzz.broken fuzz.drive fuzz.pulse toy_models.batching toy_models.megatron "
-        "toy_models.megatron_config toy_models.ppo"
+        "toy_models.megatron_config toy_models.passes"
     ),
     "fuzz.refusals": Row("fuzz.broken fuzz.case fuzz.known_refusals fuzz.laws.* fuzz.trial"),
     "fuzz.known_refusals": Row("fuzz.broken fuzz.case fuzz.known toy_models.spec"),
@@ -171,6 +173,10 @@ TABLE = {
     "toy_models.megatron_config": Row("torch.* megatron.core.* toy_models.families toy_models.spec toy_models.weights"),
     "toy_models.megatron_modules": Row("torch.* torch.distributed.* megatron.core.* toy_models.attention"),
     "toy_models.planted.*": SYSTEM,
+    "toy_models.passes": SYSTEM,
+    "toy_models.readings": SYSTEM,
+    "toy_models.sampling": SYSTEM,
+    "toy_models.experience": SYSTEM,
     "toy_models.ppo": SYSTEM,
     "toy_models.precision": Row("torch.*"),
     "toy_models.reference": REFERENCE,

@@ -15,7 +15,7 @@ from megatron.core.optimizer import optimizer
 from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.transformer.moe.experts import SequentialMLP
 
-from toy_models import megatron, ppo
+from toy_models import megatron, ppo, sampling
 from toy_models.planted.rewrite import rewrite, wrap
 
 
@@ -27,7 +27,7 @@ def generation_ends_with_the_own_rows() -> None:
     """
     old = "max(batching.response_limits(case.batch, case.seed))"
     own = "max(batching.response_limits(case.batch, case.seed)[row] for row in rollout.rows)"
-    rewrite(ppo, "roll_out", (old, own))
+    rewrite(sampling, "roll_out", (old, own))
 
 
 def first_rank_alone_reduces() -> None:

@@ -1,4 +1,4 @@
-"""Bugs of rollout, log-probs, values and advantages, re-introduced in `toy_models.ppo`. Each function is one.
+"""Bugs of rollout, log-probs, values and advantages, re-introduced in the trainer. Each function is one.
 
 The first line says what breaks, the second where it comes from, the third the smallest layout that shows it.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from toy_models import batching, ppo
+from toy_models import batching, experience, passes, ppo, readings, sampling
 from toy_models.planted.rewrite import rewrite, wrap
 
 # ---- rollout and log-probs -------------------------------------------------------------------------------------
@@ -23,7 +23,7 @@ def sampled_without_temperature() -> None:
     huggingface/trl#4159 and volcengine/verl#3133: temperature missing in one pass.
     minimal: world=1
     """
-    rewrite(ppo, "sample", ("logits_RV.double() / temperature", "logits_RV.double()"))
+    rewrite(sampling, "sample", ("logits_RV.double() / temperature", "logits_RV.double()"))
 
 
 def end_tokens_are_not_trained() -> None:
@@ -39,7 +39,7 @@ def end_tokens_are_not_trained() -> None:
         rollout.mask_RT.logical_and_(responses != batching.pad_token(case.model, case.batch))
         return rollout
 
-    wrap(ppo, "roll_out", around)
+    wrap(sampling, "roll_out", around)
 
 
 def observed_tokens_are_trained() -> None:
@@ -48,7 +48,8 @@ def observed_tokens_are_trained() -> None:
     volcengine/verl#2543, commit 96b730bbe: attention mask used as response mask.
     minimal: world=1
     """
-    rewrite(ppo, "_put", ("rollout.mask_RT[i, position] = observed is None", "rollout.mask_RT[i, position] = True"))
+    old = "rollout.mask_RT[i, position] = observed is None"
+    rewrite(sampling, "_put", (old, "rollout.mask_RT[i, position] = True"))
 
 
 def log_probs_without_temperature() -> None:
@@ -57,7 +58,7 @@ def log_probs_without_temperature() -> None:
     volcengine/verl#3133, commit 5deb8cc9a.
     minimal: world=1
     """
-    rewrite(ppo, "token_logp", ("(logits_RCV / temperature)", "logits_RCV"))
+    rewrite(readings, "token_logp", ("(logits_RCV / temperature)", "logits_RCV"))
 
 
 def labels_are_not_shifted() -> None:
@@ -66,7 +67,7 @@ def labels_are_not_shifted() -> None:
     Adapted from volcengine/verl#4250, commit 10175743f: labels that are rolled wrongly.
     minimal: world=1
     """
-    rewrite(ppo, "token_logp", ("batch.tokens_RW.roll(-1, dims=1)", "batch.tokens_RW"))
+    rewrite(readings, "token_logp", ("batch.tokens_RW.roll(-1, dims=1)", "batch.tokens_RW"))
 
 
 def update_without_temperature() -> None:
@@ -87,7 +88,7 @@ def rows_not_put_back() -> None:
     minimal: world=1
     """
     old = "index = [self.rollout.rows.index(row) for row in wanted]"
-    rewrite(ppo.Experience, "at", (old, "index = list(range(len(wanted)))"))
+    rewrite(experience.Experience, "at", (old, "index = list(range(len(wanted)))"))
 
 
 def log_sum_exp_from_the_own_maximum_on() -> None:
@@ -96,7 +97,7 @@ def log_sum_exp_from_the_own_maximum_on() -> None:
     No upstream commit; the class of volcengine/verl#6280, log-probs that depend on who computes them.
     minimal: world=2 tp=2
     """
-    wrap(ppo, "token_logp", _own_log_probs)
+    wrap(readings, "token_logp", _own_log_probs)
 
 
 def _own_log_probs(original: Callable, batch: Any, logits_RCV: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -109,8 +110,8 @@ def _own_log_probs(original: Callable, batch: Any, logits_RCV: torch.Tensor, tem
     total = sum((part - top).exp().sum(-1, keepdim=True) for part in parts)
     logp_RCV = torch.cat(parts, -1) - top - torch.log(total)  # type: ignore[arg-type]
     labels = {"labels": batch.tokens_RW.roll(-1, dims=1)}
-    labels = get_batch_on_this_cp_rank(labels, cp_group=batch.groups.cp, **ppo.NO_HYBRID)["labels"]
-    return ppo._at_states(batch, logp_RCV.gather(2, labels[..., None]).squeeze(2))
+    labels = get_batch_on_this_cp_rank(labels, cp_group=batch.groups.cp, **passes.NO_HYBRID)["labels"]
+    return readings._at_states(batch, logp_RCV.gather(2, labels[..., None]).squeeze(2))
 
 
 # ---- values, rewards, advantages -------------------------------------------------------------------------------
@@ -124,10 +125,10 @@ def values_one_late() -> None:
     """
 
     def around(original: Callable, batch: Any, output_RC1: torch.Tensor) -> torch.Tensor:
-        own, index = ppo._own(batch, batch.states_RT + 1)
+        own, index = readings._own(batch, batch.states_RT + 1)
         return torch.where(batch.mask_RT & own, output_RC1.squeeze(-1).gather(1, index), 0.0)
 
-    wrap(ppo, "token_values", around)
+    wrap(readings, "token_values", around)
 
 
 def values_not_masked() -> None:
@@ -140,7 +141,7 @@ def values_not_masked() -> None:
     def around(original: Callable, batch: Any, output_RC1: torch.Tensor) -> torch.Tensor:
         return original(replace(batch, mask_RT=torch.ones_like(batch.mask_RT)), output_RC1)  # type: ignore[no-any-return]
 
-    wrap(ppo, "token_values", around)
+    wrap(readings, "token_values", around)
 
 
 def scores_read_at_padding() -> None:
@@ -154,7 +155,7 @@ def scores_read_at_padding() -> None:
         whole = torch.full_like(batch.responses_R, batch.tokens_RW.shape[1])
         return original(replace(batch, responses_R=whole - batch.prompts_R), output_RC1)  # type: ignore[no-any-return]
 
-    wrap(ppo, "last_score", around)
+    wrap(readings, "last_score", around)
 
 
 def kl_penalty_is_a_bonus() -> None:
@@ -163,7 +164,7 @@ def kl_penalty_is_a_bonus() -> None:
     volcengine/verl#179, commit a65c9157b.
     minimal: world=1
     """
-    rewrite(ppo, "token_rewards", ("rewards = -kl_coef *", "rewards = kl_coef *"))
+    rewrite(experience, "token_rewards", ("rewards = -kl_coef *", "rewards = kl_coef *"))
 
 
 def gae_steps_through_holes() -> None:
@@ -175,7 +176,7 @@ def gae_steps_through_holes() -> None:
     carried = "carried = torch.where(mask_RT[:, j], delta + gamma * lam * carried, carried)"
     following = "following = torch.where(mask_RT[:, j], values_RT[:, j], following)"
     stepping = (carried, "carried = delta + gamma * lam * carried"), (following, "following = values_RT[:, j]")
-    rewrite(ppo, "gae", *stepping)
+    rewrite(experience, "gae", *stepping)
 
 
 def whitened_per_dp_rank() -> None:
@@ -186,14 +187,14 @@ def whitened_per_dp_rank() -> None:
     """
 
     def around(original: Callable, advantages: torch.Tensor, *others: Any) -> torch.Tensor:
-        whole = ppo._global_sum
-        ppo._global_sum = lambda tensor, dp: tensor.sum()
+        whole = experience.global_sum
+        experience.global_sum = lambda tensor, dp: tensor.sum()
         try:
             return original(advantages, *others)  # type: ignore[no-any-return]
         finally:
-            ppo._global_sum = whole
+            experience.global_sum = whole
 
-    wrap(ppo, "whiten", around)
+    wrap(experience, "whiten", around)
 
 
 def whitening_mean_unmasked() -> None:
@@ -202,6 +203,6 @@ def whitening_mean_unmasked() -> None:
     NovaSky-AI/SkyRL#1305 and #1782.
     minimal: world=1
     """
-    old = "mean = _global_sum(torch.where(mask_RT, advantages_RT, 0.0), dp) / count"
-    new = "mean = _global_sum(advantages_RT, dp) / _global_sum(torch.ones_like(advantages_RT), dp)"
-    rewrite(ppo, "whiten", (old, new))
+    old = "mean = global_sum(torch.where(mask_RT, advantages_RT, 0.0), dp) / count"
+    new = "mean = global_sum(advantages_RT, dp) / global_sum(torch.ones_like(advantages_RT), dp)"
+    rewrite(experience, "whiten", (old, new))

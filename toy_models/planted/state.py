@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import gpt_model
 from megatron.core.transformer import transformer_layer
 
-from toy_models import families, ppo
+from toy_models import experience, families, passes, ppo, sampling
 from toy_models.planted.rewrite import rewrite, wrap
 
 
@@ -21,8 +21,8 @@ def dp_rank_from_the_expert_group() -> None:
     pytorch/torchtitan#2842: a rank taken from the wrong group.
     minimal: world=2
     """
-    for name in ("_prompts", "_passes", "update"):
-        rewrite(ppo, name, ("groups.dp.rank()", "groups.ep.rank()"))
+    for owner, name in ((sampling, "_prompts"), (passes, "_passes"), (ppo, "update")):
+        rewrite(owner, name, ("groups.dp.rank()", "groups.ep.rank()"))
 
 
 def data_before_tensor_in_the_order() -> None:
@@ -133,4 +133,4 @@ def rewards_centred_by_earlier_batches() -> None:
         seen.append(experience["scores"])
         return original({**experience, "scores": experience["scores"] - mean}, *args)  # type: ignore[no-any-return]
 
-    wrap(ppo, "token_rewards", around)
+    wrap(experience, "token_rewards", around)
