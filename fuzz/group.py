@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fuzz.messages import Done, Sent, Taken, send
+from fuzz.messages import Done, Late, Sent, Taken, send
 from fuzz.messages import bytes_of as _bytes
 from fuzz.messages import view_of as _view
 from fuzz.wire import Wire
@@ -81,13 +81,13 @@ class Group(Base):
         if size > 1:
             parts = tensor.new_empty((size, *tensor.shape))
             self._swap([_bytes(tensor)] * size, _split(parts, None, len(parts)))
-            tensor.copy_(reduced(parts, op))
+            return Late(lambda: tensor.copy_(reduced(parts, op)))
         return Done()
 
     def reduce(self, tensors: list[torch.Tensor], opts: Any) -> Done:
         [tensor] = tensors
         whole = tensor.clone()
-        self.allreduce([whole], opts)
+        self.allreduce([whole], opts).wait()
         if self._rank == opts.rootRank:
             tensor.copy_(whole)
         return Done()
@@ -103,15 +103,14 @@ class Group(Base):
     def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> Done:
         parts = output.new_empty((len(self._members), input.numel()))
         self._swap([_bytes(input)] * len(parts), _split(parts, None, len(parts)))
-        output.copy_(parts.reshape(output.shape))
-        return Done()
+        return Late(lambda: output.copy_(parts.reshape(output.shape)))
 
     def reduce_scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any = None) -> Done:
         [output], [chunks] = outputs, inputs
         parts = output.new_empty((len(chunks), *output.shape))
         self._swap([_bytes(chunk) for chunk in chunks], _split(parts, None, len(parts)))
-        output.copy_(reduced(parts, opts.reduceOp if opts else dist.ReduceOp.SUM))
-        return Done()
+        op = opts.reduceOp if opts else dist.ReduceOp.SUM
+        return Late(lambda: output.copy_(reduced(parts, op)))
 
     def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> Done:
         return self.reduce_scatter([output], [list(input.reshape(len(self._members), *output.shape))], opts)
@@ -158,23 +157,18 @@ class Group(Base):
         return Done()
 
     def allreduce_coalesced(self, tensors: list[torch.Tensor], opts: Any = None) -> Done:
-        for tensor in tensors:
-            self.allreduce([tensor], opts)
-        return Done()
+        return _all([self.allreduce([tensor], opts) for tensor in tensors])
 
     def all_gather_single_coalesced(
         self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
     ) -> Done:
-        for output, tensor in zip(outputs, inputs, strict=True):
-            self.all_gather_single(output, tensor)
-        return Done()
+        return _all([self.all_gather_single(output, tensor) for output, tensor in zip(outputs, inputs, strict=True)])
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
     ) -> Done:
-        for output, tensor in zip(outputs, inputs, strict=True):
-            self.reduce_scatter_single(output, tensor, opts)
-        return Done()
+        pairs = zip(outputs, inputs, strict=True)
+        return _all([self.reduce_scatter_single(output, tensor, opts) for output, tensor in pairs])
 
     def barrier(self, opts: Any = None) -> Done:
         nothing = [memoryview(bytearray())] * len(self._members)
@@ -207,6 +201,10 @@ class Group(Base):
     alltoall_base = all_to_all_single
     allgather_into_tensor_coalesced = all_gather_single_coalesced
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+
+def _all(works: Sequence[Done]) -> Late:
+    return Late(lambda: [work.wait() for work in works])
 
 
 def _channel(name: str) -> int:

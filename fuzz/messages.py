@@ -33,6 +33,25 @@ class Done:
         return True
 
 
+class Late(Done):
+    """The Work of a reduction or a gather: what came stands in its place only when it has been waited for.
+
+    Whoever reads earlier reads what was there before, each time, and not now and then as where a device is busy.
+    """
+
+    def __init__(self, put: Callable[[], Any]) -> None:
+        self._put: Callable[[], Any] | None = put
+
+    def wait(self, *_: Any) -> bool:
+        put, self._put = self._put, None
+        if put:
+            put()
+        return True
+
+    def is_completed(self) -> bool:
+        return self._put is None
+
+
 class Sent(Done):
     """A message. Until it is waited for its tensor must be left alone: it might be read at any time."""
 

@@ -131,3 +131,20 @@ def touched(progress: Callable[[str], None], how: str) -> dict[str, Any]:
         else:
             tensor.add_(1)
     return {"facts": messages.settled()}
+
+
+def asynchronous(progress: Callable[[str], None]) -> dict[str, Any]:
+    """What is asked for asynchronously, read before and after it is waited for, as megatron's DDP asks for it."""
+    over = groups[group.BACKEND][0]
+    size, me = over.size(), over.rank()
+    summed, gathered, scattered = torch.ones(3), torch.zeros(size), torch.zeros(2)
+    with dist._coalescing_manager(over, async_ops=True) as sums:
+        dist.all_reduce(summed, group=over, async_op=True)
+    with dist._coalescing_manager(over, async_ops=True) as shares:
+        dist.reduce_scatter_tensor(scattered, torch.arange(2.0 * size), group=over, async_op=True)
+    works = [dist.all_gather_into_tensor(gathered, torch.tensor([1.0 + me]), group=over, async_op=True), sums, shares]
+    found = summed, gathered, scattered
+    early = torch.cat(found)
+    for work in works:
+        work.wait()
+    return {"tensors": {"early": early, "late": torch.cat(found)}}

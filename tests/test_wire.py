@@ -46,6 +46,12 @@ def test_more_than_a_socket_holds(four: Ranks) -> None:
         assert rank.numbers == {"wrong": 0, "little": 4.0}, rank
 
 
+def test_nothing_has_come_before_it_is_waited_for(four: Ranks) -> None:
+    for me, rank in enumerate(four.run(f"{SELF}:asynchronous")):
+        assert rank.tensors["early"].tolist() == [1.0] * 3 + [0.0] * 6
+        assert rank.tensors["late"].tolist() == [4.0] * 3 + [1.0, 2.0, 3.0, 4.0] + [8.0 * me, 8.0 * me + 4]
+
+
 def test_groups_do_not_mix(four: Ranks) -> None:
     assert four.run(f"{SELF}:two_channels")[1].tensors["got"].tolist() == [1.0, 2.0]
 
