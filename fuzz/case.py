@@ -104,8 +104,15 @@ def twin_of(case: Case) -> Case:
         return replace(case, twin=None, switches=replace(case.switches, dispatcher=other))
     if case.twin == "plain_switches":
         plain = replace(case.switches, p2p="plain", deallocate=False, groups="global", decoder_input=False)
-        return replace(case, twin=None, switches=plain)
+        return replace(case, twin=None, switches=_in_sequence(replace(plain, check_nan=False)))
     return replace(case, twin=None)
+
+
+def _in_sequence(switches: Switches) -> Switches:
+    """Nothing overlaps. Buckets of a distributed optimizer stay: they say who owns what, so how norms are summed."""
+    if switches.distributed and switches.bucket:
+        return replace(switches, overlap_gather=False, align=False)
+    return replace(switches, overlap_reduce=False, overlap_gather=False, align=False, bucket=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from fuzz import memory
 from fuzz.case import MOST_OPERATIONS, Case, Operation, Rollout, Update
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
-SCHEMA = 3
+SCHEMA = 4
 # "part.field" -> the schema that added it; every other field is of schema 1
 SINCE = {
     **dict.fromkeys(("layout.order", "layout.split", "layout.stages", "model.dense", "model.dense_ffn"), 2),
@@ -24,6 +24,9 @@ SINCE = {
     **dict.fromkeys(("model.score", "model.expert_bias", "model.bias_rate", "model.scaling"), 3),
     **dict.fromkeys(("model.expert_groups", "model.group_topk", "switches.router_dtype"), 3),
     **dict.fromkeys(("model.seq_aux_loss", "model.global_aux_loss", "model.capacity", "model.pad_to_capacity"), 3),
+    **dict.fromkeys(("switches.distributed", "switches.overlap_reduce", "switches.overlap_gather"), 4),
+    **dict.fromkeys(("switches.align", "switches.bucket", "switches.pad_buckets", "switches.average"), 4),
+    **dict.fromkeys(("switches.check_nan", "switches.count_zeros"), 4),
 }
 TUPLES = ("layout.stages", "model.dense")  # fields that are lists of ints
 MOST_CHARACTERS = 100_000

@@ -115,6 +115,10 @@ def _optimizer(case: Case) -> str:
     return "sgd with momentum" if case.ppo.momentum else case.ppo.optimizer
 
 
+def _overlap(case: Case) -> str:
+    return "gather" if case.switches.overlap_gather else "reduce" if case.switches.overlap_reduce else "none"
+
+
 def _raggedness(case: Case) -> str:
     """As it is, not as it is asked for: rows of one response token each are equally long."""
     limits = batching.response_limits(case.batch, case.seed)
@@ -194,6 +198,14 @@ DIMENSIONS: dict[str, Dimension] = {
     "forward sp": _on("switches.forward_sp"),
     "decoder input": _on("switches.decoder_input"),
     "padding mask": _one_of("switches.padding_mask", MASKS),
+    "distributed": _on("switches.distributed"),
+    "overlap": Dimension(("none", "reduce", "gather"), _overlap),
+    "align": _on("switches.align"),
+    "buckets": _either("default", "small", lambda case: case.switches.bucket > 0),
+    "bucket padding": _on("switches.pad_buckets"),
+    "average": _on("switches.average"),
+    "check nan": _on("switches.check_nan"),
+    "count zeros": _on("switches.count_zeros"),
     "precision": _one_of("precision", PRECISIONS),
     "twin": _one_of("twin", ("None", *TWINS)),
 }

@@ -174,6 +174,11 @@ class Seen:
         for name, piece in role.pieces(kind).items():
             self.tensors[f"{prefix}/{role.name}/{kind}/{name}"] = piece.clone()
 
+    def owned(self, roles: Mapping[str, Role]) -> None:
+        """Of which elements this rank has gradients and states, where a distributed optimizer shares them out."""
+        for role in (role for role in roles.values() if role.optimizer and role.switches.distributed):
+            self.tensors |= {f"owned/{role.name}/{name}": piece for name, piece in role.pieces("owned").items()}
+
     def digest(self, key: str, roles: Mapping[str, Role]) -> None:
         self.facts[f"{key}/digest"] = {name: _digests(role) for name, role in roles.items()}
 
@@ -199,6 +204,7 @@ def step(progress: Callable[[str], None], case: Case, forced: Mapping[int, Mappi
             roles = {name: megatron.make_role(case, name, groups) for name in ROLES}
             for gpt in [gpt for role in roles.values() for gpt in role.gpts]:  # a lone rank makes no collectives
                 gpt.register_forward_pre_hook(seen.alive)
+        seen.owned(roles)
         _run(case, roles, forced or {}, seen)
     seen.facts["messages"] = messages.settled()
     seen.facts |= {f"layers/{name}": _layers(role) for name, role in roles.items()}
@@ -244,9 +250,9 @@ def _probe(actor: Role, record: probe.Record, key: str, seen: Seen) -> None:
 def _update(case: Case, roles: Mapping[str, Role], iteration: int, experience: Experience, seen: Seen) -> None:
     def watch(moment: str, role: Role, step: int, numbers: Mapping[str, Any]) -> None:
         prefix = f"{iteration}/{step}"
-        if moment == "gradients":
-            return seen.pieces(prefix, role, "grad")
-        for kind in ("weight", "exp_avg", "exp_avg_sq", "momentum_buffer"):
+        if moment in ("gradients", "weights"):
+            return seen.pieces(prefix, role, {"gradients": "grad", "weights": "weight"}[moment])
+        for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
             seen.pieces(prefix, role, kind)
         for name, bias in role.expert_biases().items():
             seen.tensors[f"{prefix}/{role.name}/expert_bias/{name}"] = bias.clone()

@@ -79,6 +79,12 @@ RULES: tuple[Rule, ...] = (
     (("micro-batches", "micro-batches to pp", "pp"), _number),
     (("group", "vpp"), lambda group, vpp: group == "off" or vpp != "1"),
     (("group", "micro-batches to pp"), lambda group, against: group == "off" or against == "more"),
+    (("distributed", "optimizer"), lambda distributed, optimizer: distributed == "off" or optimizer == "adam"),
+    (("overlap", "distributed"), lambda overlap, distributed: overlap != "gather" or distributed == "on"),
+    (("align", "overlap"), lambda align, overlap: align == "off" or overlap != "none"),
+    (("buckets", "overlap"), lambda buckets, overlap: buckets == "default" or overlap != "none"),
+    (("bucket padding", "distributed"), lambda padding, distributed: padding == "off" or distributed == "on"),
+    (("bucket padding", "buckets"), lambda padding, buckets: padding == "off" or buckets == "default"),
     (("p2p", "vpp"), lambda p2p, vpp: p2p not in ("overlapped", "flushed") or vpp != "1"),
 )
 RULED = tuple(dict.fromkeys((*LAYOUT, *(name for names, _ in RULES for name in names))))

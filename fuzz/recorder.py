@@ -86,9 +86,14 @@ def _front(name: str, function: Callable, pulse: Pulse, nested: threading.local)
         finally:
             nested.inside = False
         pulse.leave()  # not where it raised: it then stays known for whom the rank waited
-        return _Pending(work, pulse, index) if hasattr(work, "wait") else work
+        return _Pending(work, pulse, index) if _can_be_waited_for(work) else work
 
     return recorded
+
+
+def _can_be_waited_for(work: Any) -> bool:
+    """Not what a coalescing manager gives for a call that it will make at its end."""
+    return not isinstance(work, distributed_c10d._IllegalWork) and hasattr(work, "wait")
 
 
 class _Pending:

@@ -4,7 +4,7 @@ Knows the parts of a case (`toy_models.spec`, `fuzz.case`); knows nothing of Hyp
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from math import prod
 from typing import Any
@@ -83,6 +83,15 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "frozen": FROZEN,
     "groups": GROUPS,
     "router_dtype": ROUTER_DTYPES,
+    "distributed": (False, True),
+    "overlap_reduce": (False, True),
+    "overlap_gather": (False, True),
+    "align": (False, True),
+    "bucket": (0, 1, 50),  # of one parameter each, and of a few
+    "pad_buckets": (False, True),
+    "average": (False, True),
+    "check_nan": (False, True),
+    "count_zeros": (False, True),
 }  # fmt: skip
 
 # Adam divides by its eps: in float32 rounding of 1e-7 over an eps of 1e-8 would move a weight by the whole rate, and
@@ -104,6 +113,30 @@ def values_of(name: str, optimizer: str, precision: str) -> tuple[Any, ...]:
 def rates(optimizer: str) -> tuple[float, ...]:
     """The learning rates of an optimizer."""
     return tuple(rate * (ADAM if optimizer == "adam" else 1.0) for rate in VALUES["lr"])
+
+
+def reducing(optimizer: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """How gradients are reduced: of what is drawn all that goes together, the rest off.
+
+    Padding is 2**16 numbers per bucket, so one for each parameter would be sent for seconds.
+    """
+    distributed, overlap = drawn["distributed"] and optimizer == "adam", drawn["overlap_reduce"]
+    bucket = drawn["bucket"] if overlap else 0
+    return {
+        "distributed": distributed,
+        "overlap_reduce": overlap,
+        "overlap_gather": drawn["overlap_gather"] and distributed and overlap,
+        "align": drawn["align"] and overlap,
+        "bucket": bucket,
+        "pad_buckets": drawn["pad_buckets"] and distributed and not bucket,
+        **{name: drawn[name] for name in ("average", "check_nan", "count_zeros")},
+    }
+
+
+REDUCTION = (
+    "distributed", "overlap_reduce", "overlap_gather", "align", "bucket", "pad_buckets", "average", "check_nan",
+    "count_zeros",
+)  # fmt: skip
 
 
 def worlds(max_ranks: int) -> list[int]:

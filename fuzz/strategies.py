@@ -6,6 +6,7 @@ layers, tokens, steps, switches, everything else. What is off is drawn too, and 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hypothesis.strategies import SearchStrategy, composite
@@ -17,7 +18,7 @@ from fuzz.draws import BUSY, any_of, count, option, rarely, switched
 from fuzz.layout_strategies import draw_layout, draw_pipeline, pinned, worlds_to_draw
 from fuzz.layout_strategies import layouts as layouts
 from fuzz.model_strategies import draw_model, draw_sizes
-from fuzz.space import ADAM, EPSILONS, VALUES, schedules
+from fuzz.space import ADAM, EPSILONS, REDUCTION, VALUES, reducing, schedules
 from fuzz.space import all_layouts as all_layouts
 from fuzz.space import worlds as worlds
 from toy_models.spec import DISPATCHERS, FAMILIES, PIPES, PPO, Batch, Layout, Switches
@@ -78,6 +79,8 @@ def _case(draw: Draw, bag: Sequence[int], degrees: dict[str, int], pins: dict[st
     batch = _batch(draw, busy, layout, shape)
     precision = pins["precision"] or draw(st.sampled_from(("float64", "float64", "float64", "float32")))
     ppo = _ppo(draw, busy, shape, precision)
+    reduction = {name: switched(draw, busy, name) for name in REDUCTION}
+    switches = replace(switches, **reducing(ppo.optimizer, reduction))
     return Case(
         layout=layout,
         model=model,

@@ -48,6 +48,7 @@ def step(progress: Progress, case: Case, near: Forced, responses_RT: torch.Tenso
         progress("models")
         groups = groups_of(case, seen)
         roles = {name: megatron.make_role(case, name, groups) for name in ROLES}
+        seen.owned(roles)
         progress("rollout")
         sampled = sampling.roll_out(case, roles["actor"], 0, near)
         rollout = sampling.roll_out(case, roles["actor"], 0, _all(responses_RT))
@@ -80,14 +81,19 @@ def _update(case: Case, roles: Mapping[str, Role], experience: Experience, seen:
 
 
 def _watch(seen: Seen, moment: str, role: Role, step: int, numbers: Mapping[str, Any]) -> None:
-    seen.pieces(STEP, role, "grad" if moment == "gradients" else "weight")
     if moment == "gradients":
-        return
-    seen.numbers |= {f"{STEP}/{name}": value for name, value in numbers.items() if name != "reports"}
+        return seen.pieces(STEP, role, "grad")
+    if moment == "stepped":
+        seen.numbers |= {f"{STEP}/{name}": value for name, value in numbers.items() if name != "reports"}
+        if role.last and role.name == "actor":
+            seen.tensors[f"{STEP}/logp"] = torch.cat([report["logp"] for report in numbers["reports"]])
+        if not role.switches.overlap_gather:
+            return None
+        role.rest()  # else weights are gathered by the next step only
+    seen.pieces(STEP, role, "weight")
     if role.name == "critic":
         raise _Enough
-    if role.last:
-        seen.tensors[f"{STEP}/logp"] = torch.cat([report["logp"] for report in numbers["reports"]])
+    return None
 
 
 # ---- taps ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 from fuzz.broken import Broken
 from fuzz.case import Case, HarnessFault, Observation, Violation, twin_of
-from fuzz.laws import judge, refusal
+from fuzz.laws import judge, refusal, sharded
 from fuzz.laws.compare import doubts, forced_tokens, response_tokens
 from fuzz.laws.liveness import cause
 from fuzz.ranks import Ranks
@@ -73,7 +73,8 @@ class Trials:
         """The first optimizer step with taps on every module: of the reference, and of the ranks on its tokens."""
         truth = self._ask("fuzz.truth_trace:run", case)
         near, responses = forced_tokens(case, truth).get(0, {}), response_tokens(case, truth.tensors["0/tokens"])
-        return truth, self._pool(case.layout.world).run("fuzz.trace:step", case, near, responses)
+        seen = self._pool(case.layout.world).run("fuzz.trace:step", case, near, responses)
+        return truth, list(sharded.whole(case, seen))
 
     def attempt(self, broken: Broken) -> tuple[list[Observation], Callable[[], Violation | None]]:
         """What the ranks saw of a broken configuration, and how to judge what they accepted."""

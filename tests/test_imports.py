@@ -38,6 +38,7 @@ REFERENCE = Row(
 SYSTEM = Row(
     "torch.* torch.distributed.* megatron.core.* toy_models.spec toy_models.families toy_models.weights "
     "toy_models.batching toy_models.coordinates toy_models.megatron_names toy_models.megatron_config "
+    "toy_models.sharded_optimizer "
     "toy_models.megatron_modules toy_models.precision toy_models.megatron toy_models.passes toy_models.readings "
     "toy_models.sampling toy_models.experience toy_models.ppo toy_models.planted.*"
 )
@@ -173,6 +174,7 @@ TABLE = {
     "toy_models.megatron_config": Row("torch.* megatron.core.* toy_models.families toy_models.spec toy_models.weights"),
     "toy_models.megatron_modules": Row("torch.* torch.distributed.* megatron.core.* toy_models.attention"),
     "toy_models.planted.*": SYSTEM,
+    "toy_models.sharded_optimizer": Row("torch.* megatron.core.*"),
     "toy_models.passes": SYSTEM,
     "toy_models.readings": SYSTEM,
     "toy_models.sampling": SYSTEM,

@@ -17,10 +17,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from toy_models import families, megatron_names, weights
+from toy_models import families, megatron_names, sharded_optimizer, weights
 from toy_models.batching import padded_width
 from toy_models.coordinates import chunks, coordinates, is_first, is_last
-from toy_models.megatron_config import DTYPES, TRAINED, transformer_config
+from toy_models.megatron_config import TRAINED, transformer_config
 from toy_models.megatron_modules import ScalarHead, block_spec
 from toy_models.megatron_names import Shard
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
@@ -119,7 +119,10 @@ class Role:
         return megatron_names.unpack(of, self.name, name, tensor)
 
     def pieces(self, kind: str) -> dict[str, torch.Tensor]:
-        """This rank's canonical pieces of every 'weight', 'grad' (reduced, before clipping) or optimizer state."""
+        """This rank's canonical pieces of every 'weight', 'grad' (reduced, before clipping) or optimizer state.
+
+        With a distributed optimizer gradients and states hold only where the pieces of 'owned' are True.
+        """
         found: dict[str, torch.Tensor] = {}
         for of, name, parameter in self.parameters:
             tensor = self._tensor(parameter, kind)
@@ -127,12 +130,24 @@ class Role:
                 found |= self.unpack(of, name, tensor.detach())
         return found
 
+    def rest(self, param_sync: bool = True) -> None:
+        """Passes that train nothing follow: weights are gathered now and not by the next forward pass."""
+        for chunk in self.chunks if self.switches.overlap_gather else ():
+            chunk.disable_forward_pre_hook(param_sync=param_sync)  # type: ignore[operator]
+
+    def wake(self) -> None:
+        """Training goes on: where gathers overlap, forward passes wait for their weights again."""
+        for chunk in self.chunks if self.switches.overlap_gather else ():
+            chunk.enable_forward_pre_hook()  # type: ignore[operator]
+
     def _tensor(self, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor | None:
         if kind == "weight":
             return parameter
         if kind == "grad":
             return parameter.main_grad if parameter.requires_grad else None  # type: ignore[attr-defined,no-any-return]
         assert self.optimizer
+        if self.switches.distributed:
+            return sharded_optimizer.state(self.optimizer, parameter, kind) if parameter.requires_grad else None
         for inner in self.optimizer.chained_optimizers:
             if parameter in inner.optimizer.state:
                 return inner.optimizer.state[parameter].get(kind)
@@ -150,7 +165,7 @@ def load(role: Role, canonical: Mapping[str, torch.Tensor]) -> None:
 
 
 def _optimizer(
-    role: str, chunks: Sequence[torch.nn.Module], ppo: PPO, precision: str, explicit: Mapping[str, Any]
+    role: str, chunks: Sequence[torch.nn.Module], ppo: PPO, switches: Switches, dtype: Any, explicit: Mapping[str, Any]
 ) -> MegatronOptimizer:
     config = OptimizerConfig(
         optimizer=ppo.optimizer,
@@ -161,7 +176,9 @@ def _optimizer(
         adam_eps=ppo.eps,
         sgd_momentum=ppo.momentum,
         clip_grad=ppo.max_norm,
-        params_dtype=DTYPES[precision],
+        params_dtype=dtype,
+        use_distributed_optimizer=switches.distributed,
+        log_num_zeros_in_grad=switches.count_zeros,
     )
     return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, **explicit)
 
@@ -198,7 +215,7 @@ def make_role(case: Any, name: str, groups: ProcessGroupCollection) -> Role:
     if case.precision == "float64":
         _count_widely(role)
     if name in TRAINED:
-        _learns(role, config, case.ppo, case.precision, explicit)
+        _learns(role, config, case.ppo, explicit)
     else:
         for gpt in gpts:
             gpt.requires_grad_(False)
@@ -212,19 +229,39 @@ def _count_widely(role: Role) -> None:
             setattr(router, name, getattr(router, name).double())
 
 
-def _learns(
-    role: Role, config: TransformerConfig, ppo: PPO, precision: str, explicit: Mapping[str, ProcessGroupCollection]
-) -> None:
+def _learns(role: Role, config: TransformerConfig, ppo: PPO, explicit: Mapping[str, ProcessGroupCollection]) -> None:
     """Wrap the chunks in DDP, as megatron's training does: buckets for the first chunk only."""
     for of, name, parameter in role.parameters:
         pieces = role.unpack(of, name, parameter.detach())
         parameter.requires_grad_(not all(weights.is_frozen(ppo.frozen, piece) for piece in pieces))
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
     role.chunks = [
-        DistributedDataParallel(config, ddp, gpt, disable_bucketing=stage > 0, **explicit)
+        DistributedDataParallel(config, _reduction(role.switches), gpt, disable_bucketing=stage > 0, **explicit)
         for stage, gpt in enumerate(role.chunks)
     ]
-    role.optimizer = _optimizer(role.name, role.chunks, ppo, precision, explicit)
+    role.optimizer = _optimizer(role.name, role.chunks, ppo, role.switches, config.params_dtype, explicit)
     role.scheduler = _scheduler(role.optimizer)
-    syncs = [chunk.no_sync for chunk in role.chunks]
-    config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+    config.no_sync_func = _of_chunks(role, "no_sync")
+    if role.switches.align:
+        config.grad_sync_func = _of_chunks(role, "start_grad_sync")
+    if role.switches.align and role.switches.overlap_gather:
+        config.param_sync_func = _of_chunks(role, "start_param_sync")
+    role.rest(param_sync=False)
+
+
+def _reduction(switches: Switches) -> DistributedDataParallelConfig:
+    return DistributedDataParallelConfig(
+        use_distributed_optimizer=switches.distributed,
+        overlap_grad_reduce=switches.overlap_reduce,
+        overlap_param_gather=switches.overlap_gather,
+        align_param_gather=switches.align and switches.overlap_gather,
+        bucket_size=switches.bucket or None,
+        pad_buckets_for_high_nccl_busbw=switches.pad_buckets,
+        average_in_collective=switches.average,
+        check_for_nan_in_grad=switches.check_nan,
+    )
+
+
+def _of_chunks(role: Role, name: str) -> Any:
+    """A method of each chunk, as a list where there are several."""
+    methods = [getattr(chunk, name) for chunk in role.chunks]
+    return methods if len(methods) > 1 else methods[0]

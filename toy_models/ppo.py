@@ -75,7 +75,10 @@ def _metrics(role: Role, reports: Sequence[Mapping[str, Any]], tokens: torch.Ten
 def _train(
     case: Any, role: Role, experience: Experience, rows: Sequence[Sequence[int]], watch: Watch, step: int
 ) -> dict:
-    """One optimizer step of one role on one mini-batch; its metrics. `watch` sees gradients, then what the step did."""
+    """One optimizer step of one role on one mini-batch; its metrics.
+
+    `watch` sees gradients, what the step did, and weights: those of the last step where gathers overlap.
+    """
     assert role.optimizer and role.scheduler
     batches = [experience.rollout.take(micro) for micro in rows]
     tokens = global_sum(torch.cat([batch.mask_RT for batch in batches]).to(experience.values.dtype), role.groups.dp)
@@ -87,11 +90,17 @@ def _train(
     role.optimizer.zero_grad()
     loss = partial(LOSSES[role.name], case, experience, scale)
     reports = scheduled(role, batches, loss, forward_only=False)
+    if role.switches.overlap_gather and step > 0:
+        watch("weights", role, step - 1, {})  # gathered by this forward pass
     watch("gradients", role, step, {})
-    _, norm, _ = role.optimizer.step()
+    _, norm, zeros = role.optimizer.step()
     role.scheduler.step(1)
     metrics = _metrics(role, reports, tokens) | {f"{role.name}_norm": float(norm)}
+    if role.switches.count_zeros:
+        metrics[f"{role.name}_zeros"] = float(zeros)
     watch("stepped", role, step, {**metrics, "reports": reports})
+    if not role.switches.overlap_gather:
+        watch("weights", role, step, {})
     return metrics
 
 
@@ -99,11 +108,17 @@ def update(case: Any, roles: Roles, experience: Experience, watch: Watch) -> lis
     """All epochs over all mini-batches, one optimizer step of actor and critic each; metrics of every step."""
     parts = batching.partition(case.layout, case.batch, case.ppo)
     dp_rank = roles["actor"].groups.dp.rank()
-    history = []
+    trained, history = [roles[name] for name in ("actor", "critic")], []
+    for role in trained:
+        role.wake()
     for step in range(case.ppo.epochs * case.ppo.mini_batches):
         rows = parts.micro[step % case.ppo.mini_batches][dp_rank]
         metrics: dict[str, float] = {}
-        for name in ("actor", "critic"):
-            metrics |= _train(case, roles[name], experience, rows, watch, step)
+        for role in trained:
+            metrics |= _train(case, role, experience, rows, watch, step)
         history.append(metrics)
+    for role in trained:
+        role.rest()
+        if role.switches.overlap_gather:
+            watch("weights", role, step, {})
     return history

@@ -118,6 +118,11 @@ class Switches:
     tokens to the actor and the critic. `padding_mask` is that of GPTModel.forward; one that marks padding matters for
     balance losses. `groups`: megatron takes its process groups from parallel_state; or is handed them; or is handed
     them while parallel_state has those of another layout, with the same TP. `router_dtype` is moe_router_dtype.
+
+    How gradients are reduced: `distributed` is use_distributed_optimizer (of Adam only); `overlap_reduce`
+    overlap_grad_reduce, `overlap_gather` overlap_param_gather, `align` align_grad_reduce and align_param_gather of
+    megatron's training loop; `bucket` bucket_size, 0 for the default; `pad_buckets` pad_buckets_for_high_nccl_busbw;
+    `average` average_in_collective; `check_nan` check_for_nan_in_grad; `count_zeros` log_num_zeros_in_grad.
     """
 
     dispatcher: str = "alltoall"
@@ -130,12 +135,32 @@ class Switches:
     padding_mask: str = "none"
     groups: str = "global"
     router_dtype: str = "none"
+    distributed: bool = False
+    overlap_reduce: bool = False
+    overlap_gather: bool = False
+    align: bool = False
+    bucket: int = 0
+    pad_buckets: bool = False
+    average: bool = False
+    check_nan: bool = False
+    count_zeros: bool = False
 
     def __post_init__(self) -> None:
         check_choice(self, dispatcher=DISPATCHERS, p2p=PIPES, padding_mask=MASKS, groups=GROUPS)
         check_choice(self, router_dtype=ROUTER_DTYPES)
-        check_counts(self, group=0)
+        check_counts(self, group=0, bucket=0)
         check_flags(self, "perform_initialization", "deallocate", "forward_sp", "decoder_input")
+        self._check_reduction()
+
+    def _check_reduction(self) -> None:
+        check_flags(self, "distributed", "overlap_reduce", "overlap_gather", "align", "pad_buckets")
+        check_flags(self, "average", "check_nan", "count_zeros")
+        said = f"distributed={self.distributed}, overlap_reduce={self.overlap_reduce}"
+        both = self.distributed and self.overlap_reduce
+        require(both or not self.overlap_gather, f"overlap_gather=True needs both, but {said}")
+        require(self.overlap_reduce or not self.align, f"align=True needs overlap_reduce=True, but {said}")
+        require(self.overlap_reduce or not self.bucket, f"bucket={self.bucket} needs overlap_reduce=True, but {said}")
+        require(self.distributed or not self.pad_buckets, f"pad_buckets=True needs distributed=True, but {said}")
 
 
 def check_together(layout: Layout, model: MoEModel, batch: Batch, ppo: PPO, switches: Switches) -> None:
@@ -166,6 +191,8 @@ def check_together(layout: Layout, model: MoEModel, batch: Batch, ppo: PPO, swit
     same = switches.groups != "other" or layout.tp == 1 or layout.order.startswith("tp-")
     require(same, f"groups='other' needs the same TP groups: tp={layout.tp} first in order={layout.order!r}")
     _check_schedule(layout, switches, batch.rows // cut)
+    adam = ppo.optimizer == "adam" or not switches.distributed
+    require(adam, f"distributed=True needs optimizer='adam', but optimizer={ppo.optimizer!r}")
     _check_products({**vars(model), **vars(batch), "width": batch.prompt + batch.response})
 
 

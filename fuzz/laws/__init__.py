@@ -7,7 +7,7 @@ those after it are named in the Violation, so that one bug does not become six. 
 from collections.abc import Callable, Mapping, Sequence
 
 from fuzz.case import Case, Observation, Violation
-from fuzz.laws import advantages, dispatch, forward, liveness, state, twins, updates
+from fuzz.laws import advantages, dispatch, forward, liveness, sharded, state, twins, updates
 
 Law = Callable[[Case, Sequence[Observation], Observation], int]
 
@@ -28,9 +28,11 @@ LAWS: tuple[Law, ...] = (
     advantages.rewards_and_returns_match_a_closed_form,
     advantages.advantages_are_whitened_over_the_whole_batch,
     forward.ratio_is_one_before_the_first_step,
+    sharded.every_element_has_one_owner,
     updates.gradients_match_the_reference,
     updates.gradient_norm_is_that_of_the_observed_gradients,
     updates.gradient_norm_matches_the_reference,
+    updates.zeros_of_gradients_are_counted,
     updates.the_optimizer_does_its_formula,
     updates.weights_and_moments_match_the_reference,
     state.expert_biases_are_the_same_on_all_ranks,
@@ -65,6 +67,7 @@ def judge(
         for law in LIVENESS if seen else ():
             _try(counts, found, law, case, seen, reference)
     if not found:
+        ranks, twin = sharded.whole(case, ranks), sharded.whole(case, twin)
         for law in LAWS:
             _try(counts, found, law, case, ranks, reference)
         for relation in TWIN_LAWS if twin else ():

@@ -4,6 +4,7 @@ Pure functions over a case and observations. Knows the shard map and the partiti
 """
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -197,6 +198,15 @@ def compare(
 def known_of(case: Case, kind: str, table: Mapping[str, T]) -> dict[str, T]:
     """The tensors of a table that have this kind: all have weights, those that are frozen have no gradient or state."""
     return {name: x for name, x in table.items() if kind == "weight" or not weights.is_frozen(case.ppo.frozen, name)}
+
+
+def holders(case: Case, role: str) -> dict[tuple, list[int]]:
+    """(name, slice) -> the ranks that hold it."""
+    found: dict[tuple, list[int]] = defaultdict(list)
+    for rank in range(case.layout.world):
+        for name, where in weights.held(case.model, case.layout, role, rank).items():
+            found[name, *((s.start, s.stop) for s in where)].append(rank)
+    return found
 
 
 def summands(case: Case, reference: Observation, iteration: str, role: str) -> float:

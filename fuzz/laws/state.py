@@ -1,12 +1,11 @@
 """Laws of state: replicas are bitwise identical, what must not change does not, coordinates are what the order says."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 
 from fuzz.case import Case, Observation, Violation
-from fuzz.laws.compare import STATES, TRAINED, Finding, iterations, steps, updated
+from fuzz.laws.compare import STATES, TRAINED, Finding, holders, iterations, steps, updated
 from toy_models import weights
 from toy_models.coordinates import chunks, coordinates, is_last, layers_on
 from toy_models.coordinates import groups as expected_groups
@@ -45,15 +44,6 @@ def everything_asked_for_is_done(case: Case, ranks: Sequence[Observation], refer
     return judged
 
 
-def _groups(case: Case, role: str) -> dict[tuple, list[int]]:
-    """(name, slice) -> the ranks that hold it."""
-    groups: dict[tuple, list[int]] = defaultdict(list)
-    for rank in range(case.layout.world):
-        for name, where in weights.held(case.model, case.layout, role, rank).items():
-            groups[name, *((s.start, s.stop) for s in where)].append(rank)
-    return groups
-
-
 def _unlike_replica(ranks: Sequence[Observation], members: Sequence[int], key: str) -> Finding | None:
     first = ranks[members[0]].tensors.get(key)
     for member in members[1:]:
@@ -72,7 +62,7 @@ def replicas_are_bitwise_identical(case: Case, ranks: Sequence[Observation], ref
     judged = 0
     for step in steps(case):
         for role in TRAINED:
-            for (name, *_), members in _groups(case, role).items():
+            for (name, *_), members in holders(case, role).items():
                 for kind in ("grad", "weight", *STATES[case.ppo.optimizer]):
                     found = _unlike_replica(ranks, members, f"{step.key}/{role}/{kind}/{name}")
                     if found:

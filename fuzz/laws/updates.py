@@ -63,15 +63,19 @@ def gradients_match_the_reference(case: Case, ranks: Sequence[Observation], refe
     return judged
 
 
-def _unique_norm(case: Case, ranks: Sequence[Observation], role: str, prefix: str) -> float:
-    """L2 norm of the observed gradients over unique parameters: of replicas, the lowest rank's piece counts."""
+def _unique(case: Case, ranks: Sequence[Observation], role: str, prefix: str) -> list[torch.Tensor]:
+    """The observed gradients of unique parameters: of replicas, the lowest rank's piece counts."""
     pieces: dict[tuple, torch.Tensor] = {}
     for rank in ranks:
         held = known_of(case, "grad", weights.held(case.model, case.layout, role, rank.rank))
         for name, where in held.items():
             at = (name, *((s.start, s.stop) for s in where))
             pieces.setdefault(at, rank.tensors[f"{prefix}/{name}"])
-    return math.sqrt(sum(float((piece.double() ** 2).sum()) for piece in pieces.values()))
+    return list(pieces.values())
+
+
+def _norm(pieces: Iterable[torch.Tensor]) -> float:
+    return math.sqrt(sum(float((piece.double() ** 2).sum()) for piece in pieces))
 
 
 def _wrong_norm(rank: Observation, key: str, due: float, of: str, allowed: float) -> Finding | None:
@@ -89,7 +93,7 @@ def gradient_norm_is_that_of_the_observed_gradients(
     bound = BOUNDS[case.precision]["norm"]
     for step in steps(case):
         for role in TRAINED:
-            due = _unique_norm(case, ranks, role, f"{step.key}/{role}/grad")
+            due = _norm(_unique(case, ranks, role, f"{step.key}/{role}/grad"))
             for rank in ranks:
                 found = _wrong_norm(rank, f"{step.key}/{role}_norm", due, "the observed gradients", bound * due)
                 if found:
@@ -112,6 +116,21 @@ def gradient_norm_matches_the_reference(case: Case, ranks: Sequence[Observation]
                     raise Violation(case, "gradient norm matches the reference", *found)
             judged += 1
     return judged
+
+
+def zeros_of_gradients_are_counted(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
+    """The reported number of zeros is that of the observed gradients over unique parameters, on every rank."""
+    if not case.switches.count_zeros:
+        return 0
+    for key, role in ((step.key, role) for step in steps(case) for role in TRAINED):
+        pieces = _unique(case, ranks, role, f"{key}/{role}/grad")
+        due = float(sum(int((piece == 0).sum()) for piece in pieces))
+        for rank in ranks:
+            if (counted := rank.numbers[f"{key}/{role}_zeros"]) != due:
+                said = f"{counted:.0f} zeros are reported of the {role}'s gradients, which have {due:.0f}"
+                finding = Finding(f"rank {rank.rank}, {key}/{role}_zeros", str(due), str(counted), said)
+                raise Violation(case, "zeros of gradients are counted", *finding)
+    return len(steps(case))
 
 
 # ---- the optimizer, from what it was given ---------------------------------------------------------------------
