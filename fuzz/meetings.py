@@ -122,11 +122,25 @@ def smallest_world(word: Mapping[str, str], tried: Iterable[int]) -> int | None:
     return next((world for world in tried if _meet(world, ruled)), None)
 
 
+def _parts() -> list[tuple[str, ...]]:
+    """The ruled dimensions in parts that no rule ties to one another, once the layout is known."""
+    parts: list[set[str]] = []
+    for names, _ in RULES:
+        tied = {name for name in names if name not in LAYOUT}
+        joined = tied.union(*(part for part in parts if part & tied))
+        parts = [*(part for part in parts if not part & tied), joined]
+    return [tuple(name for name in RULED if name in part) for part in parts if part]
+
+
+PARTS = _parts()
+
+
 @cache
 def _meet(world: int, ruled: tuple[tuple[str, str], ...]) -> bool:
     fixed = dict(ruled)
     fits = [words for words in _layouts(world) if all(words[name] == fixed.get(name, words[name]) for name in LAYOUT)]
-    return any(_kept(x | fixed) and _completed(x | fixed) for x in fits)
+    parts = [(part, tuple((name, fixed[name]) for name in part if name in fixed)) for part in PARTS]
+    return any(all(_fills(tuple(layout.items()), *part) for part in parts) for layout in fits)
 
 
 @cache
@@ -134,13 +148,20 @@ def _layouts(world: int) -> tuple[dict[str, str], ...]:
     return tuple(words(SimpleNamespace(layout=layout), LAYOUT) for layout in all_layouts(world))
 
 
-def _completed(word: dict[str, str]) -> bool:
-    """Whether the dimensions that still lack a word can have one."""
-    name = next((name for name in RULED if name not in word), None)
+@cache
+def _fills(layout: tuple[tuple[str, str], ...], part: tuple[str, ...], fixed: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a part can have words, some of which are fixed, under a layout."""
+    word = dict(layout) | dict(fixed)
+    return _kept(word) and _completed(word, part)
+
+
+def _completed(word: dict[str, str], part: tuple[str, ...]) -> bool:
+    """Whether the dimensions of a part that still lack a word can have one."""
+    name = next((name for name in part if name not in word), None)
     if name is None:
         return True
     tries = ({**word, name: value} for value in ALL[name].words)
-    return any(_kept(more, name) and _completed(more) for more in tries)
+    return any(_kept(more, name) and _completed(more, part) for more in tries)
 
 
 def _kept(word: Mapping[str, str], name: str | None = None) -> bool:

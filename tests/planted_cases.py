@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from fuzz.case import Case
-from fuzz.laws import Law, advantages, dispatch, forward, liveness, state, twins, updates
+from fuzz.laws import Law, advantages, dispatch, forward, liveness, sharded, state, twins, updates
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
 EP = Layout(world=2, ep=2)
@@ -220,6 +220,24 @@ PLANTED: dict[str, tuple[Case, Law]] = {
     "state:reference_follows_the_actor": (Case(), state.reference_and_reward_models_never_change),
     "state:critic_edits_the_reward_head": (Case(), state.reference_and_reward_models_never_change),
     "state:rewards_centred_by_earlier_batches": (Case(twin="again"), twins.a_case_run_twice_is_bitwise_the_same),
+    # ---- reduction
+    "reduction:every_rank_updates_the_first_share": (
+        Case(layout=DP, batch=ROWS, ppo=PPO(optimizer="adam"), switches=Switches(distributed=True)),
+        sharded.every_element_has_one_owner,
+    ),
+    "reduction:gathered_weights_not_waited_for": (
+        Case(
+            layout=DP,
+            batch=Batch(rows=4, prompt=3, response=3),
+            ppo=PPO(optimizer="adam", mini_batches=2),
+            switches=Switches(distributed=True, overlap_reduce=True, overlap_gather=True),
+        ),
+        updates.gradients_match_the_reference,
+    ),
+    "reduction:zeros_of_replicas_counted": (
+        Case(layout=replace(TP, etp=1), model=HEADS, switches=Switches(count_zeros=True)),
+        updates.zeros_of_gradients_are_counted,
+    ),
     # ---- liveness
     "liveness:generation_ends_with_the_own_rows": (
         Case(layout=EP, batch=Batch(rows=2, response=4, raggedness="one_long")),

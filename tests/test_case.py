@@ -115,6 +115,22 @@ FILES[3] = replace(
     ),
     switches=replace(FILES[2].switches, router_dtype="fp64"),
 )
+FILES[4] = replace(
+    FILES[3],
+    ppo=replace(FILES[3].ppo, optimizer="adam"),
+    switches=replace(
+        FILES[3].switches,
+        distributed=True,
+        overlap_reduce=True,
+        overlap_gather=True,
+        align=True,
+        bucket=50,
+        pad_buckets=True,
+        average=True,
+        check_nan=True,
+        count_zeros=True,
+    ),
+)
 BARE = json.loads(to_json(Case()))
 
 
@@ -247,6 +263,12 @@ REFUSED = {
     "stages of no numbers": (_piped(layout__stages=[1, "1"]), ["layout.stages", "ints"]),
     "order without an axis": (_file(layout__order="tp-cp-ep-dp"), ["'tp-cp-ep-dp'", "pp"]),
     "order with pp not last": (_piped(layout__world=4, layout__ep=2, layout__order="pp-tp-cp-ep-dp"), ["dp=2, edp=1"]),
+    "gather without overlap": (
+        _file(switches__overlap_gather=True),
+        ["overlap_gather=True", "distributed=False", "overlap_reduce=False"],
+    ),
+    "sgd shared out": (_file(switches__distributed=True), ["distributed=True", "'sgd'"]),
+    "buckets without overlap": (_file(switches__bucket=1), ["bucket=1", "overlap_reduce=False"]),
     "group without stages": (_file(switches__group=2), ["group=2", "vpp=1"]),
     "group too great": (_piped(layout__vpp=2, model__layers=4, batch__rows=2, switches__group=3), ["group=3", "2 mic"]),
     "a short last group": (_piped(layout__vpp=2, model__layers=4, batch__rows=3), ["3 micro-batches", "last group"]),

@@ -41,8 +41,21 @@ SGD = PPO(mini_batches=2, epochs=2, momentum=0.9, temperature=0.7, entropy_coef=
 RAGGED = Batch(rows=4, prompt=3, response=4, raggedness="ragged")
 HOLES = Batch(rows=4, prompt=2, response=5, holes=True, pad_is_eos=True)
 GATHER = Switches(dispatcher="allgather")
+SHARED_OUT = Switches(
+    distributed=True, overlap_reduce=True, overlap_gather=True, align=True, bucket=1, average=True, check_nan=True,
+    count_zeros=True,
+)  # fmt: skip
 
 HEALTHY = (
+    Case(layout=Layout(world=2), model=SHARED, batch=RAGGED, ppo=ADAM, switches=SHARED_OUT, twin="plain_switches"),
+    Case(layout=Layout(world=4, tp=2), model=SHARED, batch=RAGGED, ppo=ADAM, switches=SHARED_OUT),
+    Case(layout=Layout(world=4, pp=2, ep=2), model=DENSE, batch=RAGGED, ppo=ADAM, switches=SHARED_OUT),
+    Case(
+        layout=Layout(world=2),
+        batch=RAGGED,
+        ppo=ADAM,
+        switches=Switches(distributed=True, pad_buckets=True),
+    ),
     Case(),
     Case(batch=HOLES, ppo=PPO(gamma=0.9, lam=0.6, whiten=True)),
     Case(model=MIXTRAL, batch=RAGGED, ppo=SGD),
@@ -183,7 +196,7 @@ def test_a_wrong_weight_is_a_violation(observed: tuple) -> None:
 
 # ---- the form of planted bugs ----------------------------------------------------------------------------------
 
-MODULES = ("dispatch", "gradients", "ppo_arithmetic", "losses", "state", "liveness")
+MODULES = ("dispatch", "gradients", "ppo_arithmetic", "losses", "state", "liveness", "reduction")
 
 
 def _bugs() -> dict[str, Callable[[], None]]:
