@@ -137,8 +137,8 @@ def _has_holes(case: Case) -> bool:
 # What a dispatcher does depends on both ways of cutting experts at once.
 PATHS = tuple(f"{dispatcher} {cut}" for dispatcher in DISPATCHERS for cut in ("no", "ep", "etp", "both"))
 
-# Capacity has no line: a fifth of its cases ends in a tie (`model_strategies._capacity`), and half of the rows would have
-# it.
+# Capacity has no line: a fifth of its cases ends in a tie (`model_strategies._capacity`), and half of the rows would
+# have it.
 # A further option is one line here, and one among `meetings.RULES` where it cannot meet everything.
 DIMENSIONS: dict[str, Dimension] = {
     "tp": _degree("layout.tp"),

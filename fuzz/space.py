@@ -134,8 +134,7 @@ def reducing(optimizer: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
 
 
 REDUCTION = (
-    "distributed", "overlap_reduce", "overlap_gather", "align", "bucket", "pad_buckets", "average", "check_nan",
-    "count_zeros",
+    "distributed", "overlap_reduce", "overlap_gather", "align", "pad_buckets", "average", "check_nan", "count_zeros"
 )  # fmt: skip
 
 

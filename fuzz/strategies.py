@@ -79,7 +79,7 @@ def _case(draw: Draw, bag: Sequence[int], degrees: dict[str, int], pins: dict[st
     batch = _batch(draw, busy, layout, shape)
     precision = pins["precision"] or draw(st.sampled_from(("float64", "float64", "float64", "float32")))
     ppo = _ppo(draw, busy, shape, precision)
-    reduction = {name: switched(draw, busy, name) for name in REDUCTION}
+    reduction = {name: option(draw, busy) for name in REDUCTION} | {"bucket": switched(draw, busy, "bucket")}
     switches = replace(switches, **reducing(ppo.optimizer, reduction))
     return Case(
         layout=layout,
