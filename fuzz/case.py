@@ -104,12 +104,19 @@ def twin_of(case: Case) -> Case:
         return replace(case, twin=None, switches=replace(case.switches, dispatcher=other))
     if case.twin == "plain_switches":
         plain = replace(case.switches, p2p="plain", deallocate=False, groups="global", decoder_input=False)
-        return replace(case, twin=None, switches=_in_sequence(replace(plain, check_nan=False)))
+        return replace(case, twin=None, switches=_in_sequence(plain))
     return replace(case, twin=None)
 
 
 def _in_sequence(switches: Switches) -> Switches:
-    """Nothing overlaps. Buckets of a distributed optimizer stay: they say who owns what, so how norms are summed."""
+    """Nothing overlaps or is recomputed, but for what changes the order of a sum, and so its last bit.
+
+    Recomputed norms are nodes of their own in autograd, before which gradients meet in another order. The buckets of a
+    distributed optimizer say who owns what, and so how a norm is summed.
+    """
+    kept = switches.recompute in ("layernorm", "all")
+    again = {} if kept else {"recompute": "none", "recompute_layers": 0}
+    switches = replace(switches, check_nan=False, **again)
     if switches.distributed and switches.bucket:
         return replace(switches, overlap_gather=False, align=False)
     return replace(switches, overlap_reduce=False, overlap_gather=False, align=False, bucket=0)

@@ -19,6 +19,7 @@ from toy_models.spec import (
     MASKS,
     PIPES,
     RAGGEDNESS,
+    RECOMPUTES,
     ROUTER_DTYPES,
     SCORES,
     SPLITS,
@@ -206,6 +207,7 @@ DIMENSIONS: dict[str, Dimension] = {
     "average": _on("switches.average"),
     "check nan": _on("switches.check_nan"),
     "count zeros": _on("switches.count_zeros"),
+    "recompute": _one_of("switches.recompute", RECOMPUTES),
     "precision": _one_of("precision", PRECISIONS),
     "twin": _one_of("twin", ("None", *TWINS)),
 }

@@ -107,6 +107,9 @@ def _megatron() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = _move_to_cpu
     # The tracker has no CUDA state to fork; dropout and jitter are off and weights are loaded, never drawn.
     random.CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
+    # What is recomputed saves and restores the states of both generators; there is one, the CPU's.
+    random._get_cuda_rng_state = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
+    random._set_cuda_rng_state = lambda *_, **__: None
 
 
 def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -4,29 +4,16 @@ Each entry carries a mend, applied in every rank where the bug lives, so that al
 stock megatron-core its example must break its law (`test_known_bugs_still_live`). Knows cases; no torch, no ranks.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 
+from fuzz import known_recomputation
 from fuzz.case import Case, twin_of
+from fuzz.known_bug import Known as Known
 from toy_models.coordinates import groups
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
 SUPPORTED = ("0.16.1", "0.19.2")
-
-
-@dataclass(frozen=True)
-class Known:
-    """One bug: `lives` are the supported versions that have it, `covers` tells whether a case meets it."""
-
-    id: str
-    upstream: str
-    lives: tuple[str, ...]
-    covers: Callable[[Case], bool]
-    law: str
-    mend: str
-    example: Case
 
 
 @lru_cache(maxsize=1024)
@@ -198,6 +185,7 @@ KNOWN = (
             switches=Switches(groups="other"),
         ),
     ),
+    *known_recomputation.KNOWN,
 )
 
 

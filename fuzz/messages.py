@@ -5,18 +5,25 @@ or freed too early would not show: it is compared with what was read when its ha
 case where nobody waits (the interleaved schedule drops handles).
 """
 
+import ctypes
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+NOWHERE = ctypes.c_ubyte()  # where a tensor without elements lies
+
 
 def view_of(tensor: torch.Tensor) -> memoryview:
-    """Its bytes, to be read or filled; `tensor` is contiguous."""
+    """Its bytes, to be read or filled; `tensor` is contiguous.
+
+    Not through numpy, after which torch resizes the storage no more, as megatron does with what is recomputed.
+    """
     assert tensor.is_contiguous(), "a copy would be filled in its place"
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # one element may have any stride
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    data = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr() or ctypes.addressof(NOWHERE))
+    data.tensor = tensor  # type: ignore[attr-defined]  # lives as long as its bytes
+    return memoryview(data).cast("B")
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

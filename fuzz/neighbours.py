@@ -11,7 +11,7 @@ from typing import Any
 
 from fuzz.case import Case
 from fuzz.order import micro_batches
-from fuzz.space import EPSILONS, VALUES, WORLDS, rates, reducing, values_of
+from fuzz.space import EPSILONS, VALUES, WORLDS, rates, recomputing, reducing, values_of
 from toy_models.coordinates import stages
 from toy_models.spec import OWN_HEAD_DIM, SHARED, Layout, groupings
 
@@ -205,7 +205,7 @@ def _fitted(values: dict[str, Any], few: bool) -> dict[str, Any]:
     _fit_pipeline(v)
     _fit_heads(v, few)
     _fit_family(v)
-    v |= reducing(v["optimizer"], v)
+    v |= reducing(v["optimizer"], v) | recomputing(v["recompute"], v["recompute_layers"])
     v["rows"] = v["micro_batches"] * v["mini_batches"] * (v["world"] // dense) * v["micro_rows"]
     return v
 

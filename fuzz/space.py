@@ -19,6 +19,7 @@ from toy_models.spec import (
     OPTIMIZERS,
     PIPES,
     RAGGEDNESS,
+    RECOMPUTES,
     ROUTER_DTYPES,
     SCORES,
     Layout,
@@ -92,6 +93,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "average": (False, True),
     "check_nan": (False, True),
     "count_zeros": (False, True),
+    "recompute": RECOMPUTES,
 }  # fmt: skip
 
 # Adam divides by its eps: in float32 rounding of 1e-7 over an eps of 1e-8 would move a weight by the whole rate, and
@@ -136,6 +138,11 @@ def reducing(optimizer: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
 REDUCTION = (
     "distributed", "overlap_reduce", "overlap_gather", "align", "pad_buckets", "average", "check_nan", "count_zeros"
 )  # fmt: skip
+
+
+def recomputing(recompute: str, layers: int) -> dict[str, Any]:
+    """What is recomputed, of how many layers where it is full."""
+    return {"recompute": recompute, "recompute_layers": max(1, layers) if recompute in ("uniform", "block") else 0}
 
 
 def worlds(max_ranks: int) -> list[int]:

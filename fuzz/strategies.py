@@ -18,7 +18,7 @@ from fuzz.draws import BUSY, any_of, count, option, rarely, switched
 from fuzz.layout_strategies import draw_layout, draw_pipeline, pinned, worlds_to_draw
 from fuzz.layout_strategies import layouts as layouts
 from fuzz.model_strategies import draw_model, draw_sizes
-from fuzz.space import ADAM, EPSILONS, REDUCTION, VALUES, reducing, schedules
+from fuzz.space import ADAM, EPSILONS, REDUCTION, VALUES, recomputing, reducing, schedules
 from fuzz.space import all_layouts as all_layouts
 from fuzz.space import worlds as worlds
 from toy_models.spec import DISPATCHERS, FAMILIES, PIPES, PPO, Batch, Layout, Switches
@@ -80,7 +80,8 @@ def _case(draw: Draw, bag: Sequence[int], degrees: dict[str, int], pins: dict[st
     precision = pins["precision"] or draw(st.sampled_from(("float64", "float64", "float64", "float32")))
     ppo = _ppo(draw, busy, shape, precision)
     reduction = {name: option(draw, busy) for name in REDUCTION} | {"bucket": switched(draw, busy, "bucket")}
-    switches = replace(switches, **reducing(ppo.optimizer, reduction))
+    again = recomputing(switched(draw, busy, "recompute"), count(draw, 1, 3))
+    switches = replace(switches, **reducing(ppo.optimizer, reduction), **again)
     return Case(
         layout=layout,
         model=model,

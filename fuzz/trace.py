@@ -6,6 +6,7 @@ Every output and gradient is announced as a stage, so that a rank that dies or h
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ def step(progress: Progress, case: Case, near: Forced, responses_RT: torch.Tenso
     `copies/ROLE/layers.i`. The facts `ROLE/detached` name modules of which something carries no gradient.
     """
     seen = Seen(progress)
+    once = replace(case.switches, recompute="none", recompute_layers=0)  # taps would see what is computed again
+    case = replace(case, switches=once)
     with precision.keep_float64(case.precision == "float64"):
         progress("models")
         groups = groups_of(case, seen)

@@ -129,6 +129,8 @@ FILES[4] = replace(
         average=True,
         check_nan=True,
         count_zeros=True,
+        recompute="block",
+        recompute_layers=2,
     ),
 )
 BARE = json.loads(to_json(Case()))
@@ -268,6 +270,8 @@ REFUSED = {
         ["overlap_gather=True", "distributed=False", "overlap_reduce=False"],
     ),
     "sgd shared out": (_file(switches__distributed=True), ["distributed=True", "'sgd'"]),
+    "layers of nothing": (_file(switches__recompute_layers=1), ["recompute='none'", "recompute_layers=1"]),
+    "blocks of no layers": (_file(switches__recompute="block"), ["recompute='block'", "recompute_layers=0"]),
     "buckets without overlap": (_file(switches__bucket=1), ["bucket=1", "overlap_reduce=False"]),
     "group without stages": (_file(switches__group=2), ["group=2", "vpp=1"]),
     "group too great": (_piped(layout__vpp=2, model__layers=4, batch__rows=2, switches__group=3), ["group=3", "2 mic"]),

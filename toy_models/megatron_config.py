@@ -10,7 +10,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from toy_models import families, weights
-from toy_models.spec import Layout, MoEModel, Switches
+from toy_models.spec import SELECTIVE, Layout, MoEModel, Switches
 
 TRAINED = ("actor", "critic")
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -93,6 +93,17 @@ def _pipeline(layout: Layout) -> dict[str, Any]:
     return options
 
 
+def _recomputation(switches: Switches) -> dict[str, Any]:
+    """What the backward pass computes again. The modules of models without them are left out by megatron itself."""
+    if switches.recompute == "none":
+        return {}
+    if switches.recompute_layers:
+        full = {"recompute_method": switches.recompute, "recompute_num_layers": switches.recompute_layers}
+        return {"recompute_granularity": "full", **full}
+    modules = list(SELECTIVE) if switches.recompute == "all" else [switches.recompute]
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
+
+
 def transformer_config(
     model: MoEModel, layout: Layout, switches: Switches, precision: str, role: str = "actor"
 ) -> TransformerConfig:
@@ -101,6 +112,7 @@ def transformer_config(
         **_options(model),
         **_pipeline(layout),
         **FIXED,
+        **_recomputation(switches),
         tensor_model_parallel_size=layout.tp,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,

@@ -29,6 +29,8 @@ OPTIMIZERS = ("sgd", "adam")
 PIPES = ("batched", "plain", "overlapped", "flushed")
 GROUPS = ("global", "explicit", "other")
 MASKS = ("none", "all_false", "padding")
+SELECTIVE = ("core_attn", "layernorm", "mlp", "moe", "shared_experts")  # without CUDA; moe_act needs grouped GEMM
+RECOMPUTES = ("none", "uniform", "block", *SELECTIVE, "all")
 FROZEN = ("none", "router", "experts", "attention", "embedding")
 
 # Numbers that are each within bounds could still ask for terabytes together: these products are bounded too, `width`
@@ -123,6 +125,9 @@ class Switches:
     overlap_grad_reduce, `overlap_gather` overlap_param_gather, `align` align_grad_reduce and align_param_gather of
     megatron's training loop; `bucket` bucket_size, 0 for the default; `pad_buckets` pad_buckets_for_high_nccl_busbw;
     `average` average_in_collective; `check_nan` check_for_nan_in_grad; `count_zeros` log_num_zeros_in_grad.
+
+    `recompute` is recompute_method of a full recomputation, or the recompute_modules of a selective one (SELECTIVE, or
+    "all" of them); `recompute_layers` recompute_num_layers, 0 where it is selective.
     """
 
     dispatcher: str = "alltoall"
@@ -144,6 +149,8 @@ class Switches:
     average: bool = False
     check_nan: bool = False
     count_zeros: bool = False
+    recompute: str = "none"
+    recompute_layers: int = 0
 
     def __post_init__(self) -> None:
         check_choice(self, dispatcher=DISPATCHERS, p2p=PIPES, padding_mask=MASKS, groups=GROUPS)
@@ -151,6 +158,13 @@ class Switches:
         check_counts(self, group=0, bucket=0)
         check_flags(self, "perform_initialization", "deallocate", "forward_sp", "decoder_input")
         self._check_reduction()
+        check_choice(self, recompute=RECOMPUTES)
+        check_counts(self, recompute_layers=0)
+        full = self.recompute in ("uniform", "block")
+        said = f"recompute={self.recompute!r}, recompute_layers={self.recompute_layers}"
+        require(
+            full == (self.recompute_layers > 0), f"{said}: uniform and block need a number of layers, and only they"
+        )
 
     def _check_reduction(self) -> None:
         check_flags(self, "distributed", "overlap_reduce", "overlap_gather", "align", "pad_buckets")
