@@ -114,9 +114,9 @@ def _in_sequence(switches: Switches) -> Switches:
     Recomputed norms are nodes of their own in autograd, before which gradients meet in another order. The buckets of a
     distributed optimizer say who owns what, and so how a norm is summed.
     """
-    kept = switches.recompute in ("layernorm", "all")
-    again = {} if kept else {"recompute": "none", "recompute_layers": 0}
-    switches = replace(switches, check_nan=False, **again)
+    if switches.recompute not in ("layernorm", "all"):
+        switches = replace(switches, recompute="none", recompute_layers=0)
+    switches = replace(switches, check_nan=False)
     if switches.distributed and switches.bucket:
         return replace(switches, overlap_gather=False, align=False)
     return replace(switches, overlap_reduce=False, overlap_gather=False, align=False, bucket=0)
