@@ -19,7 +19,6 @@ from toy_models.spec import (
     MASKS,
     PIPES,
     RAGGEDNESS,
-    RECOMPUTES,
     ROUTER_DTYPES,
     SCORES,
     SPLITS,
@@ -116,6 +115,10 @@ def _optimizer(case: Case) -> str:
     return "sgd with momentum" if case.ppo.momentum else case.ppo.optimizer
 
 
+def _recompute(case: Case) -> str:
+    return "full" if case.switches.recompute_layers else "none" if case.switches.recompute == "none" else "selective"
+
+
 def _overlap(case: Case) -> str:
     return "gather" if case.switches.overlap_gather else "reduce" if case.switches.overlap_reduce else "none"
 
@@ -207,7 +210,7 @@ DIMENSIONS: dict[str, Dimension] = {
     "average": _on("switches.average"),
     "check nan": _on("switches.check_nan"),
     "count zeros": _on("switches.count_zeros"),
-    "recompute": _one_of("switches.recompute", RECOMPUTES),
+    "recompute": Dimension(("none", "full", "selective"), _recompute),  # each module would be forty rows more
     "precision": _one_of("precision", PRECISIONS),
     "twin": _one_of("twin", ("None", *TWINS)),
 }
