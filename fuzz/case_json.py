@@ -27,7 +27,8 @@ SINCE = {
     **dict.fromkeys(("switches.distributed", "switches.overlap_reduce", "switches.overlap_gather"), 4),
     **dict.fromkeys(("switches.align", "switches.bucket", "switches.pad_buckets", "switches.average"), 4),
     **dict.fromkeys(("switches.check_nan", "switches.count_zeros"), 4),
-    **dict.fromkeys(("switches.recompute", "switches.recompute_layers"), 4),
+    **dict.fromkeys(("switches.recompute", "switches.recompute_layers", "switches.per_token"), 4),
+    **dict.fromkeys(("ppo.embedding_lr", "ppo.coupled_decay", "ppo.qk_decay"), 4),
 }
 TUPLES = ("layout.stages", "model.dense")  # fields that are lists of ints
 MOST_CHARACTERS = 100_000

@@ -210,6 +210,10 @@ DIMENSIONS: dict[str, Dimension] = {
     "average": _on("switches.average"),
     "check nan": _on("switches.check_nan"),
     "count zeros": _on("switches.count_zeros"),
+    "per token": _on("switches.per_token"),
+    "embedding rate": _on("ppo.embedding_lr"),
+    "coupled decay": _on("ppo.coupled_decay"),
+    "qk decay": _on("ppo.qk_decay"),
     "recompute": Dimension(("none", "full", "selective"), _recompute),  # each module would be forty rows more
     "precision": _one_of("precision", PRECISIONS),
     "twin": _one_of("twin", ("None", *TWINS)),

@@ -81,6 +81,12 @@ RULES: tuple[Rule, ...] = (
     (("group", "micro-batches to pp"), lambda group, against: group == "off" or against == "more"),
     (("distributed", "optimizer"), lambda distributed, optimizer: distributed == "off" or optimizer == "adam"),
     (("overlap", "distributed"), lambda overlap, distributed: overlap != "gather" or distributed == "on"),
+    (("coupled decay", "optimizer"), lambda coupled, optimizer: coupled == "off" or optimizer == "adam"),
+    (("per token", "average"), lambda per_token, average: "off" in (per_token, average)),
+    *(
+        (("per token", loss), lambda per_token, loss: "off" in (per_token, loss))
+        for loss in ("aux loss", "sequence aux loss", "global aux loss", "z loss")
+    ),
     (("align", "overlap"), lambda align, overlap: align == "off" or overlap != "none"),
     (("buckets", "overlap"), lambda buckets, overlap: buckets == "default" or overlap != "none"),
     (("bucket padding", "distributed"), lambda padding, distributed: padding == "off" or distributed == "on"),

@@ -205,7 +205,9 @@ def _fitted(values: dict[str, Any], few: bool) -> dict[str, Any]:
     _fit_pipeline(v)
     _fit_heads(v, few)
     _fit_family(v)
-    v |= reducing(v["optimizer"], v) | recomputing(v["recompute"], v["recompute_layers"])
+    balanced = any(v[name] for name in ("aux_loss", "seq_aux_loss", "global_aux_loss", "z_loss"))
+    v |= reducing(v["optimizer"], balanced, v) | recomputing(v["recompute"], v["recompute_layers"])
+    v["coupled_decay"] = v["coupled_decay"] and v["optimizer"] == "adam"
     v["rows"] = v["micro_batches"] * v["mini_batches"] * (v["world"] // dense) * v["micro_rows"]
     return v
 

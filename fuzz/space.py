@@ -94,6 +94,10 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "check_nan": (False, True),
     "count_zeros": (False, True),
     "recompute": RECOMPUTES,
+    "per_token": (False, True),
+    "embedding_lr": (0.0, 0.01, 0.05),
+    "coupled_decay": (False, True),
+    "qk_decay": (False, True),
 }  # fmt: skip
 
 # Adam divides by its eps: in float32 rounding of 1e-7 over an eps of 1e-8 would move a weight by the whole rate, and
@@ -107,7 +111,7 @@ def values_of(name: str, optimizer: str, precision: str) -> tuple[Any, ...]:
     adam = optimizer == "adam"
     if name == "eps":
         return EPSILONS[precision] if adam else ()
-    if name == "momentum" and adam:
+    if (name == "momentum" and adam) or (name == "coupled_decay" and not adam):
         return ()
     return rates(optimizer) if name in ("lr", "critic_lr") else VALUES[name]
 
@@ -117,7 +121,7 @@ def rates(optimizer: str) -> tuple[float, ...]:
     return tuple(rate * (ADAM if optimizer == "adam" else 1.0) for rate in VALUES["lr"])
 
 
-def reducing(optimizer: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
+def reducing(optimizer: str, balanced: bool, drawn: Mapping[str, Any]) -> dict[str, Any]:
     """How gradients are reduced: of what is drawn all that goes together, the rest off.
 
     Padding is 2**16 numbers per bucket, so one for each parameter would be sent for seconds.
@@ -131,12 +135,14 @@ def reducing(optimizer: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
         "align": drawn["align"] and overlap,
         "bucket": bucket,
         "pad_buckets": drawn["pad_buckets"] and distributed and not bucket,
+        "per_token": drawn["per_token"] and not balanced and not drawn["average"],
         **{name: drawn[name] for name in ("average", "check_nan", "count_zeros")},
     }
 
 
 REDUCTION = (
-    "distributed", "overlap_reduce", "overlap_gather", "align", "pad_buckets", "average", "check_nan", "count_zeros"
+    "distributed", "overlap_reduce", "overlap_gather", "align", "pad_buckets", "average", "check_nan", "count_zeros",
+    "per_token",
 )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def _case(draw: Draw, bag: Sequence[int], degrees: dict[str, int], pins: dict[st
     ppo = _ppo(draw, busy, shape, precision)
     reduction = {name: option(draw, busy) for name in REDUCTION} | {"bucket": switched(draw, busy, "bucket")}
     again = recomputing(switched(draw, busy, "recompute"), count(draw, 1, 3))
-    switches = replace(switches, **reducing(ppo.optimizer, reduction), **again)
+    switches = replace(switches, **reducing(ppo.optimizer, model.balance > 0, reduction), **again)
     return Case(
         layout=layout,
         model=model,
@@ -175,4 +175,7 @@ def _ppo(draw: Draw, busy: int, shape: dict[str, int], precision: str) -> PPO:
         eps=draw(st.sampled_from(EPSILONS[precision])),
         max_norm=draw(st.sampled_from((*VALUES["max_norm"], 0.0))),
         frozen=rarely(draw, busy, "frozen"),
+        embedding_lr=switched(draw, busy, "embedding_lr"),
+        coupled_decay=option(draw, busy) and optimizer == "adam",
+        qk_decay=option(draw, busy),
     )

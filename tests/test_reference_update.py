@@ -185,19 +185,28 @@ def test_value_and_policy_losses_take_the_worse_branch() -> None:
     "ppo",
     [
         PPO(optimizer="adam", weight_decay=0.1, eps=1e-6),
-        PPO(weight_decay=0.1),
+        PPO(optimizer="adam", weight_decay=0.1, eps=1e-6, coupled_decay=True, embedding_lr=0.2, qk_decay=True),
+        PPO(weight_decay=0.1, embedding_lr=0.2),
         PPO(momentum=0.9, weight_decay=0.1),
     ],
-    ids=["adamw", "sgd", "momentum"],
+    ids=["adamw", "adam", "sgd", "momentum"],
 )
 def test_optimizers_do_what_torch_optim_does(ppo: PPO) -> None:
-    names = {"a.weight": (3, 2), "norm.weight": (4,), "q_proj.bias": (2,)}
+    names = {"a.weight": (3, 2), "a.q_norm.weight": (4,), "q_proj.bias": (2,), "lm_head.weight": (2, 2)}
     generator = torch.Generator().manual_seed(0)
     drawn = {n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in names.items()}
     ours, theirs = update.Trained(drawn, lr=0.05), {n: w.clone().requires_grad_() for n, w in drawn.items()}
-    groups = [{"params": [w], "weight_decay": 0.1 if w.dim() > 1 else 0.0} for w in theirs.values()]
+    groups = [
+        {
+            "params": [w],
+            "weight_decay": 0.1 if w.dim() > 1 or (ppo.qk_decay and "q_norm" in name) else 0.0,
+            "lr": ppo.embedding_lr if ppo.embedding_lr and name == "lm_head.weight" else 0.05,
+        }
+        for name, w in theirs.items()
+    ]
     if ppo.optimizer == "adam":
-        optimizer: Any = torch.optim.AdamW(groups, lr=0.05, betas=(ppo.beta1, ppo.beta2), eps=ppo.eps)
+        kind = torch.optim.Adam if ppo.coupled_decay else torch.optim.AdamW
+        optimizer: Any = kind(groups, lr=0.05, betas=(ppo.beta1, ppo.beta2), eps=ppo.eps)
     else:
         optimizer = torch.optim.SGD(groups, lr=0.05, momentum=ppo.momentum)
     for _ in range(3):

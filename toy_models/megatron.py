@@ -179,6 +179,9 @@ def _optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=switches.distributed,
         log_num_zeros_in_grad=switches.count_zeros,
+        decoupled_lr=ppo.embedding_lr or None,
+        decoupled_weight_decay=not ppo.coupled_decay,
+        apply_wd_to_qk_layernorm=ppo.qk_decay,
     )
     return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, **explicit)
 

@@ -125,6 +125,7 @@ def transformer_config(
         overlap_p2p_comm=switches.p2p in ("overlapped", "flushed"),
         overlap_p2p_comm_warmup_flush=switches.p2p == "flushed",
         deallocate_pipeline_outputs=switches.deallocate,
+        calculate_per_token_loss=switches.per_token,
         microbatch_group_size_per_vp_stage=switches.group or layout.pp if layout.vpp > 1 else None,
         params_dtype=DTYPES[precision],
         pipeline_dtype=DTYPES[precision],

@@ -55,6 +55,12 @@ def _critic_loss(
     return loss.sum() * scale, {"sums": _reduced(sums)}
 
 
+def _counted(loss: Callable, batch: Rollout, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """The loss with its number of tokens, by which megatron divides gradients when it has all of them."""
+    total, report = loss(batch, output)
+    return total, readings.trained(batch).sum().int(), report
+
+
 LOSSES = {"actor": _actor_loss, "critic": _critic_loss}
 METRICS = {
     "actor": ("policy_loss", "entropy", "approx_kl", "clip_fraction"),
@@ -83,12 +89,13 @@ def _train(
     batches = [experience.rollout.take(micro) for micro in rows]
     tokens = global_sum(torch.cat([batch.mask_RT for batch in batches]).to(experience.values.dtype), role.groups.dp)
     # The schedule divides by the number of micro-batches and DDP averages over DP; the loss is per token of both.
-    scale = len(batches) * role.groups.dp.size() / float(tokens)
+    scale = 1.0 if role.switches.per_token else len(batches) * role.groups.dp.size() / float(tokens)
     for chunk in role.chunks:
         chunk.train()
         chunk.zero_grad_buffer()  # type: ignore[operator]
     role.optimizer.zero_grad()
-    loss = partial(LOSSES[role.name], case, experience, scale)
+    loss: Callable[..., Any] = partial(LOSSES[role.name], case, experience, scale)
+    loss = partial(_counted, loss) if role.switches.per_token else loss
     reports = scheduled(role, batches, loss, forward_only=False)
     if role.switches.overlap_gather and step > 0:
         watch("weights", role, step - 1, {})  # gathered by this forward pass

@@ -15,6 +15,8 @@ from toy_models.reference_model import Pass, Routing
 from toy_models.routing import shares
 from toy_models.spec import PPO, Layout, MoEModel
 
+OF_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")  # have a rate of their own, where one is asked for
+
 
 @dataclass
 class Trained:
@@ -185,7 +187,13 @@ def step(ppo: PPO, model: Trained, grads: Tensors) -> None:
 
 
 def _decay(ppo: PPO, name: str, weight: torch.Tensor) -> float:
+    if ppo.qk_decay and name.endswith((".q_norm.weight", ".k_norm.weight")):
+        return ppo.weight_decay
     return 0.0 if weight.dim() == 1 or name.endswith(".bias") else ppo.weight_decay
+
+
+def _rate(ppo: PPO, model: Trained, name: str) -> float:
+    return ppo.embedding_lr if ppo.embedding_lr and name in OF_TOKENS else model.lr
 
 
 def _running(model: Trained, kind: str, name: str, new: torch.Tensor) -> torch.Tensor:
@@ -194,13 +202,15 @@ def _running(model: Trained, kind: str, name: str, new: torch.Tensor) -> torch.T
 
 
 def _adam(ppo: PPO, model: Trained, name: str, g: torch.Tensor) -> torch.Tensor:
-    w, t, zero = model.weights[name], model.steps, torch.zeros_like(g)
+    w, t, zero, lr = model.weights[name], model.steps, torch.zeros_like(g), _rate(ppo, model, name)
+    decay = _decay(ppo, name, w)
+    g = g + decay * w if ppo.coupled_decay else g
     before = {kind: model.moments.get(kind, {}).get(name, zero) for kind in ("exp_avg", "exp_avg_sq")}
     m = _running(model, "exp_avg", name, ppo.beta1 * before["exp_avg"] + (1 - ppo.beta1) * g)
     v = _running(model, "exp_avg_sq", name, ppo.beta2 * before["exp_avg_sq"] + (1 - ppo.beta2) * g**2)
-    w = w * (1 - model.lr * _decay(ppo, name, w))
+    w = w if ppo.coupled_decay else w * (1 - lr * decay)
     m_hat, v_hat = m / (1 - ppo.beta1**t), v / (1 - ppo.beta2**t)
-    return w - model.lr * m_hat / (v_hat.sqrt() + ppo.eps)
+    return w - lr * m_hat / (v_hat.sqrt() + ppo.eps)
 
 
 def _sgd(ppo: PPO, model: Trained, name: str, g: torch.Tensor) -> torch.Tensor:
@@ -210,7 +220,7 @@ def _sgd(ppo: PPO, model: Trained, name: str, g: torch.Tensor) -> torch.Tensor:
         if model.steps > 1:
             b = ppo.momentum * model.moments["momentum_buffer"][name] + b
         _running(model, "momentum_buffer", name, b)
-    return w - model.lr * b
+    return w - _rate(ppo, model, name) * b
 
 
 def softmax_rounding(ppo: PPO, logp_KV: torch.Tensor, advantages_K: torch.Tensor) -> torch.Tensor:

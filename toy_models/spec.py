@@ -75,7 +75,9 @@ class Batch:
 class PPO:
     """Settings of the PPO update; `docs/ppo.md` has every formula. `max_norm` 0 switches clipping off.
 
-    `frozen` names parameters of actor and critic that are not trained.
+    `frozen` names parameters of actor and critic that are not trained. `embedding_lr` is decoupled_lr, the rate of
+    embeddings and the token head, 0 for that of all others; `coupled_decay` asks for Adam's decay in the gradient (not
+    decoupled_weight_decay), `qk_decay` for decay of the norms of queries and keys too (apply_wd_to_qk_layernorm).
     """
 
     epochs: int = 1
@@ -98,11 +100,17 @@ class PPO:
     eps: float = 1e-8
     max_norm: float = 0.0
     frozen: str = "none"
+    embedding_lr: float = 0.0
+    coupled_decay: bool = False
+    qk_decay: bool = False
 
     def __post_init__(self) -> None:
         check_counts(self, epochs=1, mini_batches=1)
         check_choice(self, optimizer=OPTIMIZERS, frozen=FROZEN)
-        check_flags(self, "whiten")
+        check_flags(self, "whiten", "coupled_decay", "qk_decay")
+        check_reals(self, embedding_lr=(0, 100))
+        adam = self.optimizer == "adam" or not self.coupled_decay
+        require(adam, f"coupled_decay=True needs optimizer='adam', but optimizer={self.optimizer!r}")
         unit, positive = (0.0, 1.0), (1e-12, 1e3)
         check_reals(self, temperature=(1e-2, 1e2), gamma=unit, lam=unit, kl_coef=(0, 100), clip_eps=positive)
         check_reals(self, value_clip=positive, entropy_coef=(-100, 100), lr=(0, 100), critic_lr=(0, 100))
@@ -127,7 +135,8 @@ class Switches:
     `average` average_in_collective; `check_nan` check_for_nan_in_grad; `count_zeros` log_num_zeros_in_grad.
 
     `recompute` is recompute_method of a full recomputation, or the recompute_modules of a selective one (SELECTIVE, or
-    "all" of them); `recompute_layers` recompute_num_layers, 0 where it is selective.
+    "all" of them); `recompute_layers` recompute_num_layers, 0 where it is selective. `per_token` is
+    calculate_per_token_loss: tokens are counted and divided by at the end.
     """
 
     dispatcher: str = "alltoall"
@@ -151,6 +160,7 @@ class Switches:
     count_zeros: bool = False
     recompute: str = "none"
     recompute_layers: int = 0
+    per_token: bool = False
 
     def __post_init__(self) -> None:
         check_choice(self, dispatcher=DISPATCHERS, p2p=PIPES, padding_mask=MASKS, groups=GROUPS)
@@ -168,7 +178,8 @@ class Switches:
 
     def _check_reduction(self) -> None:
         check_flags(self, "distributed", "overlap_reduce", "overlap_gather", "align", "pad_buckets")
-        check_flags(self, "average", "check_nan", "count_zeros")
+        check_flags(self, "average", "check_nan", "count_zeros", "per_token")
+        require(not (self.per_token and self.average), "per_token=True cannot be had with average=True")
         said = f"distributed={self.distributed}, overlap_reduce={self.overlap_reduce}"
         both = self.distributed and self.overlap_reduce
         require(both or not self.overlap_gather, f"overlap_gather=True needs both, but {said}")
@@ -205,6 +216,8 @@ def check_together(layout: Layout, model: MoEModel, batch: Batch, ppo: PPO, swit
     same = switches.groups != "other" or layout.tp == 1 or layout.order.startswith("tp-")
     require(same, f"groups='other' needs the same TP groups: tp={layout.tp} first in order={layout.order!r}")
     _check_schedule(layout, switches, batch.rows // cut)
+    balance = model.balance if switches.per_token else 0.0  # whose share of the loss would be another
+    require(not balance, f"per_token=True needs no balance losses, but their coefficients sum to {balance}")
     adam = ppo.optimizer == "adam" or not switches.distributed
     require(adam, f"distributed=True needs optimizer='adam', but optimizer={ppo.optimizer!r}")
     _check_products({**vars(model), **vars(batch), "width": batch.prompt + batch.response})

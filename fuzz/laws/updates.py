@@ -47,7 +47,8 @@ def _adam_noise(case: Case, reference: Observation, step: Step, after: bool) -> 
     before = [s for s in steps(case) if s < step or (after and s == step)]
     keys = [f"{s.key}/{role}_norm" for s in before for role in TRAINED]
     rounding = [ROUNDING[case.precision] * reference.numbers[key] for key in keys]
-    return sum(max(case.ppo.lr, case.ppo.critic_lr) * min(1.0, r / case.ppo.eps) for r in rounding)
+    greatest = max(case.ppo.lr, case.ppo.critic_lr, case.ppo.embedding_lr)
+    return sum(greatest * min(1.0, r / case.ppo.eps) for r in rounding)
 
 
 def gradients_match_the_reference(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
@@ -136,23 +137,36 @@ def zeros_of_gradients_are_counted(case: Case, ranks: Sequence[Observation], ref
 # ---- the optimizer, from what it was given ---------------------------------------------------------------------
 
 
-def _decays(name: str, shape: Sequence[int]) -> bool:
-    return len(shape) > 1 and not name.endswith(".bias")
+def _decays(case: Case, name: str, shape: Sequence[int]) -> bool:
+    of_heads = case.ppo.qk_decay and name.endswith(("q_norm.weight", "k_norm.weight"))
+    return of_heads or (len(shape) > 1 and not name.endswith(".bias"))
+
+
+def _rate(case: Case, role: str, name: str) -> float:
+    of_tokens = name.endswith("embed_tokens.weight") or name == "lm_head.weight"
+    usual = case.ppo.lr if role == "actor" else case.ppo.critic_lr
+    return case.ppo.embedding_lr if of_tokens and case.ppo.embedding_lr > 0 else usual
 
 
 def _coefficient(case: Case, norm: float) -> float:
     return min(1.0, case.ppo.max_norm / (norm + 1e-6)) if case.ppo.max_norm > 0 else 1.0
 
 
-def _adam(case: Case, w: torch.Tensor, g: torch.Tensor, before: Mapping, t: int, lr: float, wd: torch.Tensor) -> dict:
+def _adam(
+    case: Case, w: torch.Tensor, g: torch.Tensor, before: Mapping, t: int, lr: torch.Tensor, wd: torch.Tensor
+) -> dict:
     p = case.ppo
+    if p.coupled_decay:
+        g, wd = g + wd * w, torch.zeros_like(wd)
     m = p.beta1 * before["exp_avg"] + (1 - p.beta1) * g
     v = p.beta2 * before["exp_avg_sq"] + (1 - p.beta2) * g * g
     moved = (m / (1 - p.beta1**t)) / ((v / (1 - p.beta2**t)).sqrt() + p.eps)
     return {"weight": w - lr * wd * w - lr * moved, "exp_avg": m, "exp_avg_sq": v}
 
 
-def _sgd(case: Case, w: torch.Tensor, g: torch.Tensor, before: Mapping, t: int, lr: float, wd: torch.Tensor) -> dict:
+def _sgd(
+    case: Case, w: torch.Tensor, g: torch.Tensor, before: Mapping, t: int, lr: torch.Tensor, wd: torch.Tensor
+) -> dict:
     g = g + wd * w
     carried = g if t == 1 or not case.ppo.momentum else case.ppo.momentum * before["momentum_buffer"] + g
     state = {"momentum_buffer": carried} if case.ppo.momentum else {}
@@ -183,11 +197,13 @@ def _misstepped(case: Case, rank: Observation, role: str, number: int) -> Findin
     step, held = steps(case)[number], known_of(case, "grad", weights.held(case.model, case.layout, role, rank.rank))
     if not held:
         return None
-    before, lr = _before(case, rank, role, held, number), case.ppo.lr if role == "actor" else case.ppo.critic_lr
+    before = _before(case, rank, role, held, number)
     gradients = [rank.tensors[f"{step.key}/{role}/grad/{name}"] for name in held]
     wd = _flat(
-        torch.full_like(g, case.ppo.weight_decay * _decays(n, g.shape)) for n, g in zip(held, gradients, strict=True)
+        torch.full_like(g, case.ppo.weight_decay * _decays(case, n, g.shape))
+        for n, g in zip(held, gradients, strict=True)
     )
+    lr = _flat(torch.full_like(g, _rate(case, role, n)).double() for n, g in zip(held, gradients, strict=True))
     norm = rank.numbers[f"{step.key}/{role}_norm"]
     g = _flat(gradients) * _coefficient(case, norm)
     rule = _adam if case.ppo.optimizer == "adam" else _sgd
