@@ -127,7 +127,7 @@ def reducing(optimizer: str, balanced: bool, drawn: Mapping[str, Any]) -> dict[s
     Padding is 2**16 numbers per bucket, so one for each parameter would be sent for seconds.
     """
     distributed, overlap = drawn["distributed"] and optimizer == "adam", drawn["overlap_reduce"]
-    bucket = drawn["bucket"] if overlap else 0
+    bucket, per_token = drawn["bucket"] if overlap else 0, drawn["per_token"] and not balanced
     return {
         "distributed": distributed,
         "overlap_reduce": overlap,
@@ -135,8 +135,9 @@ def reducing(optimizer: str, balanced: bool, drawn: Mapping[str, Any]) -> dict[s
         "align": drawn["align"] and overlap,
         "bucket": bucket,
         "pad_buckets": drawn["pad_buckets"] and distributed and not bucket,
-        "per_token": drawn["per_token"] and not balanced and not drawn["average"],
-        **{name: drawn[name] for name in ("average", "check_nan", "count_zeros")},
+        "per_token": per_token,
+        "average": drawn["average"] and not per_token,
+        **{name: drawn[name] for name in ("check_nan", "count_zeros")},
     }
 
 

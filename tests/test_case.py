@@ -272,6 +272,15 @@ REFUSED = {
     "sgd shared out": (_file(switches__distributed=True), ["distributed=True", "'sgd'"]),
     "layers of nothing": (_file(switches__recompute_layers=1), ["recompute='none'", "recompute_layers=1"]),
     "blocks of no layers": (_file(switches__recompute="block"), ["recompute='block'", "recompute_layers=0"]),
+    "per token and average": (
+        _file(switches__per_token=True, switches__average=True),
+        ["per_token=True", "average=True"],
+    ),
+    "per token with a balance loss": (
+        _file(switches__per_token=True, model__aux_loss=0.5),
+        ["per_token=True", "sum to 0.5"],
+    ),
+    "coupled decay of sgd": (_file(ppo__coupled_decay=True), ["coupled_decay=True", "'sgd'"]),
     "buckets without overlap": (_file(switches__bucket=1), ["bucket=1", "overlap_reduce=False"]),
     "group without stages": (_file(switches__group=2), ["group=2", "vpp=1"]),
     "group too great": (_piped(layout__vpp=2, model__layers=4, batch__rows=2, switches__group=3), ["group=3", "2 mic"]),
