@@ -4,11 +4,12 @@ Runs inside a rank, on Gloo and on NCCL alike: it stands in front of torch.distr
 that they do. What one of them calls in turn is not recorded again. Knows nothing of the other ranks.
 """
 
+import contextlib
 import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, FunctionType
 from typing import Any
 
@@ -42,6 +43,8 @@ def apply(pulse: Pulse) -> None:
         functions = {name: value for name, value in vars(module).items() if isinstance(value, FunctionType)}
         for name in [name for name, value in functions.items() if value in fronts]:
             setattr(module, name, fronts[functions[name]])
+        if "_coalescing_manager" in functions:
+            setattr(module, "_coalescing_manager", _at_its_end(functions["_coalescing_manager"], pulse, nested))
     if torch.cuda.is_available():
         for owner, name in WAITS:
             setattr(owner, name, _waiting(getattr(owner, name), pulse, nested))
@@ -65,6 +68,22 @@ def _waiting(function: Callable, pulse: Pulse, nested: threading.local) -> Calla
         return answer
 
     return waited
+
+
+def _at_its_end(manager: Callable, pulse: Pulse, nested: threading.local) -> Callable:
+    """Calls that are put together are made when their manager ends: the rank is then inside the last of them."""
+
+    @contextlib.contextmanager
+    def coalesced(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        before = pulse.issued
+        with manager(*args, **kwargs) as together:
+            yield together
+            if recorded := pulse.issued > before and not getattr(nested, "inside", False):
+                pulse.enter(pulse.issued - 1)
+        if recorded:
+            pulse.leave()
+
+    return coalesced
 
 
 def _users() -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from fuzz import pulse, recorder
 
@@ -134,6 +135,17 @@ def _pending(odd: bool) -> None:
         dist.broadcast(ones(2), src=1, async_op=True).wait()
 
 
+def _coalesced(odd: bool) -> None:
+    """The calls wait in the end of their manager, on another group than the odd rank's."""
+    group, another = _pairs()
+    if odd:
+        return dist.barrier(another)
+    with distributed_c10d._coalescing_manager(group):
+        for _ in range(2):
+            dist.all_reduce(ones(2), group=group)
+    return None
+
+
 def _unequal_splits(odd: bool) -> None:
     splits = [1, 2] if odd else [2, 1]
     dist.all_to_all_single(ones(3, 4), ones(3, 4), [2, 1], splits)
@@ -148,6 +160,7 @@ OUT_OF_STEP: dict[str, Callable[[bool], Any]] = {
     "splits": _unequal_splits,
     "group": lambda odd: dist.barrier(_pairs()[odd]),
     "order": _crossed,
+    "coalesced": _coalesced,
     "left out": lambda odd: None if odd else dist.all_reduce(ones(2)),
     "messages": _messages,
     "pending": _pending,

@@ -53,6 +53,7 @@ CANNOT_MATCH = [
     ("splits", ("rank 0 sends 4 elements, rank 1 takes 8",)),
     ("group", ("rank 0 called barrier on {0,1} of first at", "{0,1} of second at", "each waits for the other")),
     ("order", ("barrier on {0,1} of first at", "barrier on {0,1} of second at", "each waits for the other")),
+    ("coalesced", ("all_reduce float32[2] on {0,1} of first at", "barrier on {0,1} of second at", "for the other")),
     ("left out", ("rank 0 called all_reduce float32[2] on {0,1} at", "rank 1 had ended without it")),
     ("messages", ("recv float32[2] on {1,0}", "each waits for the other")),
     ("pending", ("rank 0 called broadcast float32[2] on {0,1} at", "rank 1 had ended without it")),
