@@ -12,7 +12,7 @@ import pickle
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing import util
 from multiprocessing.connection import Connection, wait
@@ -54,6 +54,7 @@ class Ranks:
         self.world, self.patience = world, patience
         self._seat = Seat(0, world, Path(), start, plants, preload)
         self._pool: Pool | None = None
+        self._busy = False
         self._end: Callable[[], None] = lambda: None
         self._warm()
 
@@ -62,23 +63,42 @@ class Ranks:
 
         f returns a dict with any of tensors, numbers, facts, seconds; HarnessFault where that cannot be had.
         """
-        try:
+        self.begin(function, *args)
+        return self.finish(times_patience)
+
+    def begin(self, function: str, *args: Any) -> None:
+        """Let the ranks begin with a call; what they still do of an earlier one is broken off."""
+        with self._closed_by_an_error():
             _check_room()
+            if self._busy:
+                self.close()
             pool = self._warm()
+            self._busy = True
             pool.call(function, args)
-            words, stall = _gather(pool, self.patience * self._slowness * times_patience)
-            observations = endings.observations(pool, words, stall)
+
+    def finish(self, times_patience: float = 1.0) -> list[Observation]:
+        """Wait for what `begin` began; patience counts from here."""
+        with self._closed_by_an_error():
+            assert self._busy and self._pool, "finish without begin"
+            words, stall = _gather(self._pool, self.patience * self._slowness * times_patience)
+            observations = endings.observations(self._pool, words, stall)
+            self._busy = False
             if not _well(observations):
                 _check_room()
                 self.close()
+        return observations
+
+    @contextlib.contextmanager
+    def _closed_by_an_error(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException:
             self.close()
             raise
-        return observations
 
     def close(self) -> None:
         """Kill the ranks and remove their files; the next `run` builds the pool again."""
-        self._pool = None
+        self._pool, self._busy = None, False
         self._end()
 
     def _warm(self) -> "Pool":

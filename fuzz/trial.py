@@ -21,7 +21,7 @@ from toy_models.batching import padded_width, partition
 KEPT_REFERENCES = 64
 KEPT_POOLS = 6
 RUN_CALL = "fuzz.functions.run:run"
-PARTS = ("reference", "ranks", "laws")  # where the parent's seconds of a case go, in Verdict.seconds
+PARTS = ("ranks", "waiting", "twin", "laws")  # where the parent's seconds of a case go, in Verdict.seconds
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,17 @@ class Trials:
     def judge(self, case: Case, times_patience: float = 1.0) -> Verdict:
         """Run a case, and its twin if it has one, and judge everything that was seen."""
         clock = [time.perf_counter()]
+        known = self._ask_early(case)
+        guess = None if known else self._run(case, {}, times_patience)
+        clock.append(time.perf_counter())
         reference = self._reference(case)
         clock.append(time.perf_counter())
-        ranks, passing = self._ranks(case, reference, times_patience)
+        ranks, passing = self._ranks(case, reference, times_patience, guess)
         run = case.twin and _done(ranks)  # where a rank was lost the twin would tell no more
         twin, also_passing = self._ranks(twin_of(case), reference, times_patience) if run else ([], [])
         clock.append(time.perf_counter())
-        why, seconds = [*passing, *also_passing], _seconds(ranks)
+        why = [*passing, *also_passing]
+        seconds = _seconds(ranks) | {"reference": 0.0 if known else reference.seconds["reference"]}
         if _starved([*ranks, *twin]):
             return Verdict(case, {}, None, why, False, {}, seconds)
         counts, violation = judge(case, ranks, reference, twin)
@@ -78,7 +82,9 @@ class Trials:
 
     def attempt(self, broken: Broken) -> tuple[list[Observation], Callable[[], Violation | None]]:
         """What the ranks saw of a broken configuration, and how to judge what they accepted."""
-        case, reference = broken.case, self._reference(broken.case)
+        case = broken.case
+        self._ask_early(case)
+        reference = self._reference(case)
         seen = self._pool(case.layout.world).run("fuzz.refuse:attempt", broken, forced_tokens(case, reference))
 
         def accepted() -> Violation | None:
@@ -105,17 +111,22 @@ class Trials:
         self._pools.clear()
         self._truth = None
 
-    def _ranks(self, case: Case, reference: Observation, times_patience: float) -> tuple[list[Observation], list[str]]:
-        """What the ranks saw, and why it says nothing."""
-        seen, once = self._sure(lambda more: self._run(case, reference, more * times_patience))
+    def _ranks(
+        self, case: Case, reference: Observation, times_patience: float, guess: list[Observation] | None = None
+    ) -> tuple[list[Observation], list[str]]:
+        """What the ranks saw, and why it says nothing. `guess` is what they saw when no token was forced."""
+        tokens = forced_tokens(case, reference)
+        seen, once = self._sure(lambda more: self._run(case, tokens, more * times_patience), None if tokens else guess)
         return seen, _starved(seen) or (["a rank was lost once, and not when the case ran again"] if once else [])
 
-    def _sure(self, run: Callable[[float], list[Observation]]) -> tuple[list[Observation], bool]:
+    def _sure(
+        self, run: Callable[[float], list[Observation]], seen: list[Observation] | None = None
+    ) -> tuple[list[Observation], bool]:
         """What the ranks saw, and whether a rank was lost that was not when it ran again, with twice the patience.
 
         The first death or hang of a cause is confirmed, in a fresh pool: one that lost a rank was closed.
         """
-        seen = run(1.0)
+        seen = seen or run(1.0)
         lost = _lost(seen)
         if lost is None or lost in self._confirmed:
             return seen, False
@@ -124,9 +135,8 @@ class Trials:
         self._confirmed |= {lost_again} if lost_again else set()
         return again, lost_again is None
 
-    def _run(self, case: Case, reference: Observation, times_patience: float) -> list[Observation]:
-        pool, tokens = self._pool(case.layout.world), forced_tokens(case, reference)
-        return pool.run("fuzz.drive:step", case, tokens, times_patience=times_patience)
+    def _run(self, case: Case, tokens: Mapping[int, Mapping], times_patience: float) -> list[Observation]:
+        return self._pool(case.layout.world).run("fuzz.drive:step", case, tokens, times_patience=times_patience)
 
     def _pool(self, world: int) -> Ranks:
         if world not in self._pools:
@@ -141,10 +151,18 @@ class Trials:
             _, oldest = self._pools.popitem(last=False)
             oldest.close()
 
+    def _ask_early(self, case: Case) -> bool:
+        """Let the reference begin while the ranks run; whether it is known already."""
+        known = _reference_key(case) in self._references
+        if not known:
+            self._teller().begin("fuzz.truth:run", case)
+        return known
+
     def _reference(self, case: Case) -> Observation:
+        """What `_ask_early` has asked for."""
         key = _reference_key(case)
         if key not in self._references:
-            self._references[key] = self._ask("fuzz.truth:run", case)
+            self._references[key] = self._told(case)
         self._references.move_to_end(key)
         while len(self._references) > KEPT_REFERENCES:
             self._references.popitem(last=False)
@@ -159,9 +177,15 @@ class Trials:
         return reference
 
     def _ask(self, function: str, case: Case) -> Observation:
-        if self._truth is None:
-            self._truth = Ranks(1, start=None, patience=60.0)
-        [answer] = self._truth.run(function, case)
+        self._teller().begin(function, case)
+        return self._told(case)
+
+    def _teller(self) -> Ranks:
+        self._truth = self._truth or Ranks(1, start=None, patience=60.0)
+        return self._truth
+
+    def _told(self, case: Case) -> Observation:
+        [answer] = self._teller().finish()
         if answer.outcome != "done":
             raise HarnessFault(f"the reference {answer.outcome} on {case!r}: {answer.error}")
         return answer

@@ -3,6 +3,7 @@
 Knows the reference by name and nothing of laws, ranks or megatron-core.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -24,7 +25,8 @@ def _run(case: Case) -> dict[str, Any]:
 def run(progress: Callable[[str], None], case: Case) -> dict[str, Any]:
     """The truth for a case, under the keys of `docs/ppo.md`."""
     progress("reference")
-    return _run(case)
+    began = time.perf_counter()
+    return _run(case) | {"seconds": {"reference": time.perf_counter() - began}}
 
 
 def movement(progress: Callable[[str], None], case: Case) -> dict[str, Any]:
