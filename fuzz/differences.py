@@ -202,7 +202,7 @@ def _parameters(
     case: Case, ranks: Sequence[Observation], truth: Observation, role: str, kind: str, phase: str
 ) -> Iterator[Row]:
     prefix, names = f"{FIRST.key}/{role}/{kind}", list(known_of(case, kind, weights.shapes(case.model, role)))
-    measure, base = scales(case, truth, prefix, names), _base(case, truth, FIRST, kind)
+    measure, base = scales(case, truth, prefix), _base(case, truth, FIRST, kind)
 
     def gap(rank: Observation, name: str) -> Gap:
         key, where = f"{prefix}/{name}", weights.held(case.model, case.layout, role, rank.rank)[name]

@@ -9,7 +9,6 @@ import faulthandler
 import gc
 import importlib
 import io
-import math
 import multiprocessing
 import os
 import pickle
@@ -17,7 +16,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from multiprocessing.connection import Connection
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 
 from fuzz import pulse
+from fuzz.tensors import Tensors, laid_out
 
 MOST_BYTES = 64 * 2**20  # of observations, per case, over all ranks
 TEXT = 6000  # characters of a traceback or of a log's tail
@@ -161,14 +161,15 @@ def _packed(seat: Seat, seen: dict[str, Any]) -> dict[str, Any]:
     """Write head and tensors into the reply file, one contiguous blob; the sizes go through the pipe."""
     unknown = set(seen) - {"tensors", "numbers", "facts", "seconds", "error"}
     assert not unknown, f"a rank returned {sorted(unknown)}; known are tensors, numbers, facts and seconds"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in seen.get("tensors", {}).items()}
-    *offsets, end = accumulate((_aligned(tensor.nbytes) for tensor in tensors.values()), initial=0)
-    index = [(n, str(t.dtype)[6:], tuple(t.shape), at) for (n, t), at in zip(tensors.items(), offsets, strict=True)]
-    head = pickle.dumps({**seen, "tensors": index})
+    tensors = seen.get("tensors", {})
+    runs, pieces = [*zip(*laid_out(tensors), strict=True)] or [(), ()]
+    *offsets, end = accumulate((_aligned(piece.nbytes) for piece in pieces), initial=0)
+    kinds = [(str(piece.dtype)[6:], piece.numel(), at) for piece, at in zip(pieces, offsets, strict=True)]
+    head = pickle.dumps({**seen, "tensors": (runs, kinds)})
     size = _aligned(len(head)) + end
     if size <= MOST_BYTES:
         with written(seat.file("reply"), size):
-            _write(seat.file("reply"), head, offsets, list(tensors.values()), size)
+            _write(seat.file("reply"), head, offsets, pieces, size)
     largest = max(tensors, key=lambda name: tensors[name].nbytes, default="")
     return {"size": size, "head": len(head), "largest": largest}
 
@@ -197,12 +198,12 @@ def written(path: Path, size: int) -> Iterator[None]:
         raise Unwritten(said) from error
 
 
-def _write(path: Path, head: bytes, offsets: list[int], tensors: list[torch.Tensor], size: int) -> None:
+def _write(path: Path, head: bytes, offsets: list[int], pieces: Sequence[torch.Tensor], size: int) -> None:
     with path.open("wb") as file:
         file.write(head)
-        for offset, tensor in zip(offsets, tensors, strict=True):
+        for offset, piece in zip(offsets, pieces, strict=True):
             file.seek(_aligned(len(head)) + offset)
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            file.write(piece.view(torch.uint8).numpy().data)
         file.truncate(size)
 
 
@@ -216,13 +217,11 @@ def unpacked(path: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     with path.open("rb") as file:
         file.readinto(blob)
     seen = pickle.loads(memoryview(blob)[: sizes["head"]])
-    first = _aligned(sizes["head"])
-    seen["tensors"] = {n: _tensor(blob, dtype, shape, first + at) for n, dtype, shape, at in seen["tensors"]}
-    return seen
+    first, (runs, kinds) = _aligned(sizes["head"]), seen["tensors"]
+    pieces = [_piece(blob, dtype, count, first + at) for dtype, count, at in kinds]
+    return {**seen, "tensors": Tensors([*zip(runs, pieces, strict=True)])}
 
 
-def _tensor(blob: bytearray, dtype: str, shape: tuple[int, ...], offset: int) -> torch.Tensor:
-    kind, count = getattr(torch, dtype), math.prod(shape)
-    if not count:
-        return torch.empty(shape, dtype=kind)
-    return torch.frombuffer(blob, dtype=kind, count=count, offset=offset).reshape(shape)
+def _piece(blob: bytearray, dtype: str, count: int, offset: int) -> torch.Tensor:
+    kind = getattr(torch, dtype)
+    return torch.frombuffer(blob, dtype=kind, count=count, offset=offset) if count else torch.empty(0, dtype=kind)

@@ -44,7 +44,7 @@ def apply(pulse: Pulse) -> None:
         for name in [name for name, value in functions.items() if value in fronts]:
             setattr(module, name, fronts[functions[name]])
         if "_coalescing_manager" in functions:
-            setattr(module, "_coalescing_manager", _at_its_end(functions["_coalescing_manager"], pulse, nested))
+            module._coalescing_manager = _at_its_end(functions["_coalescing_manager"], pulse, nested)
     if torch.cuda.is_available():
         for owner, name in WAITS:
             setattr(owner, name, _waiting(getattr(owner, name), pulse, nested))

@@ -226,7 +226,7 @@ def _seconds(ranks: Sequence[Observation]) -> dict[str, float]:
 
 def _facts(case: Case, ranks: Sequence[Observation], reference: Observation) -> dict[str, bool]:
     """What the summary counts: starved experts and ranks, clipping of policy, values and gradients."""
-    counts = [t for rank in ranks for key, t in rank.tensors.items() if key.endswith("/counts")]
+    counts = [rank.tensors[key] for rank in ranks for key in rank.tensors if key.endswith("/counts")]
     clipped = {key: n for key, n in reference.numbers.items() if key.endswith("clip_fraction")}
     norms = [n for key, n in reference.numbers.items() if key.endswith("_norm")]
     return {

@@ -27,7 +27,7 @@ class Row:
 
 
 LAWS = Row(
-    "torch.* fuzz.broken fuzz.case fuzz.lockstep fuzz.laws.* toy_models.batching toy_models.coordinates "
+    "torch.* fuzz.broken fuzz.case fuzz.lockstep fuzz.tensors fuzz.laws.* toy_models.batching toy_models.coordinates "
     "toy_models.routing toy_models.spec toy_models.weights"
 )
 REFERENCE = Row(
@@ -111,7 +111,8 @@ TABLE = {
     "fuzz.endings": Row("fuzz.case fuzz.pulse fuzz.rank fuzz.watch"),
     "fuzz.lockstep": Row(),
     "fuzz.pulse": Row(),
-    "fuzz.rank": Row("torch.* fuzz.pulse"),
+    "fuzz.rank": Row("torch.* fuzz.pulse fuzz.tensors"),
+    "fuzz.tensors": Row("torch.*"),
     "fuzz.ranks": Row("fuzz.case fuzz.endings fuzz.forking fuzz.lockstep fuzz.pulse fuzz.rank fuzz.watch"),
     "fuzz.collectives": Row("torch.* torch.distributed.*"),
     "fuzz.recorder": Row("torch.* torch.distributed.* fuzz.collectives fuzz.lockstep fuzz.pulse"),

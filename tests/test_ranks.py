@@ -53,7 +53,7 @@ def test_what_a_rank_returns_arrives_as_it_was(two: Ranks, recwarn: pytest.Warni
     assert one.tensors["empty"].shape == (0, 4)
     assert one.tensors["scalar"].shape == () and one.tensors["scalar"].item() == 7.0
     assert one.tensors["strided"].tolist() == [[0, 3], [1, 4], [2, 5]]
-    one.tensors["int64"] += 1
+    one.tensors["int64"].add_(1)
     assert dict(one.seconds) == {"all": 0.25}
     assert not recwarn.list
 

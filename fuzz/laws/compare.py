@@ -5,15 +5,18 @@ Pure functions over a case and observations. Knows the shard map and the partiti
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
 
 from fuzz.case import Case, Observation
+from fuzz.laws.pieces import group, owners, places
 from toy_models import weights
 from toy_models.batching import chunk_positions, padded_width, partition, prompt_lengths
 from toy_models.coordinates import coordinates, is_last
+from toy_models.spec import Layout, MoEModel
 
 T = TypeVar("T")
 TRAINED = ("actor", "critic")
@@ -200,11 +203,16 @@ def known_of(case: Case, kind: str, table: Mapping[str, T]) -> dict[str, T]:
     return {name: x for name, x in table.items() if kind == "weight" or not weights.is_frozen(case.ppo.frozen, name)}
 
 
-def holders(case: Case, role: str) -> dict[tuple, list[int]]:
+def holders(case: Case, role: str) -> Mapping[tuple, list[int]]:
     """(name, slice) -> the ranks that hold it."""
+    return _holders(case.model, case.layout, role)
+
+
+@lru_cache(maxsize=64)
+def _holders(model: MoEModel, layout: Layout, role: str) -> Mapping[tuple, list[int]]:
     found: dict[tuple, list[int]] = defaultdict(list)
-    for rank in range(case.layout.world):
-        for name, where in weights.held(case.model, case.layout, role, rank).items():
+    for rank in range(layout.world):
+        for name, where in weights.held(model, layout, role, rank).items():
             found[name, *((s.start, s.stop) for s in where)].append(rank)
     return found
 
@@ -220,54 +228,45 @@ def summands(case: Case, reference: Observation, iteration: str, role: str) -> f
     return float(own.abs().max()) + entropy + case.model.balance
 
 
-def scales(case: Case, reference: Observation, prefix: str, names: Iterable[str]) -> dict[str, float]:
-    """Per tensor max(max|b|, s): what a difference is measured against."""
-    greatest = {name: float(reference.tensors[f"{prefix}/{name}"].abs().max()) for name in names}
+def scales(case: Case, reference: Observation, prefix: str) -> dict[str, float]:
+    """Per tensor of a group of the reference max(max|b|, s): what a difference is measured against."""
+    whole = group(reference, prefix)
+    greatest = torch.zeros(len(whole.shapes), dtype=torch.float64)
+    greatest.scatter_reduce_(0, owners(whole.shapes), whole.flat.abs(), "amax")
     iteration, _, role, kind = prefix.split("/")
     size = summands(case, reference, iteration, role)
     share = {"grad": size, "momentum_buffer": size, "exp_avg": (1 - case.ppo.beta1) * size}
     share["exp_avg_sq"] = (1 - case.ppo.beta2) * size**2
-    floor = FLOOR[case.precision] * max(statistics.median(greatest.values()), share.get(kind, 0.0))
-    return {name: max(value, floor) for name, value in greatest.items()}
+    floor = FLOOR[case.precision] * max(statistics.median(greatest.tolist()), share.get(kind, 0.0))
+    return {name: max(value, floor) for name, value in zip(whole.names, greatest.tolist(), strict=True)}
 
 
 def compare_pieces(
     case: Case, ranks: Sequence[Observation], reference: Observation, role: str, prefix: str, base: float
 ) -> Finding | None:
     """The first piece of any rank under `prefix` (`0/1/actor/grad`) that differs from its slice of the reference."""
-    kind = prefix.rsplit("/", 1)[1]
-    measure = scales(case, reference, prefix, known_of(case, kind, weights.shapes(case.model, role)))
+    measure, whole = scales(case, reference, prefix), group(reference, prefix)
+    scale = torch.tensor(list(measure.values()), dtype=torch.float64)
     for rank in ranks:
-        held = known_of(case, kind, weights.held(case.model, case.layout, role, rank.rank))
-        if not _far(rank, reference, prefix, held, measure, base):
+        mine = group(rank, prefix)
+        where = places(case, role, rank.rank, mine, whole)
+        if where and not _far(mine.flat, whole.flat[where.at], base * scale[where.tensor]):
             continue
-        for name, where in held.items():
-            key = f"{prefix}/{name}"
-            mine, truth = rank.tensors.get(key), reference.tensors[key][where]
-            if mine is None:
-                return Finding(f"rank {rank.rank}, {key}", f"{list(truth.shape)}", "nothing", f"{key} is missing")
-            found = compare(key, rank.rank, mine, truth, measure[name], bound_of(reference, key, base, measure[name]))
-            if found:
+        for name, slices in weights.held(case.model, case.layout, role, rank.rank).items():
+            if name in measure and (found := _unlike(rank, reference, f"{prefix}/{name}", slices, measure[name], base)):
                 return found
     return None
 
 
-def _far(
-    rank: Observation,
-    reference: Observation,
-    prefix: str,
-    held: Mapping[str, weights.Slices],
-    measure: Mapping[str, float],
-    base: float,
-) -> bool:
-    """Whether any piece may lie outside the base bound: one pass over all of them, so that agreement is cheap."""
-    pieces = [(rank.tensors.get(f"{prefix}/{n}"), reference.tensors[f"{prefix}/{n}"][s]) for n, s in held.items()]
-    if any(mine is None or mine.shape != truth.shape for mine, truth in pieces):
-        return True
-    if not pieces:  # a stage of which nothing is judged: a head alone whose weight is tied, all frozen
-        return False
-    mine = torch.cat([m.reshape(-1) for m, _ in pieces]).double()  # type: ignore[union-attr]
-    truth = torch.cat([t.reshape(-1) for _, t in pieces])
-    sizes = torch.tensor([t.numel() for _, t in pieces])
-    scale = torch.tensor([measure[name] for name in held], dtype=torch.float64).repeat_interleave(sizes)
-    return not bool(((mine - truth).abs() <= base * scale).all())
+def _far(mine: torch.Tensor, truth: torch.Tensor, bounds: torch.Tensor) -> bool:
+    """Whether anything may lie outside the base bound: one pass over all pieces, so that agreement is cheap."""
+    return not bool(((mine - truth).abs() <= bounds).all())
+
+
+def _unlike(
+    rank: Observation, reference: Observation, key: str, slices: weights.Slices, scale: float, base: float
+) -> Finding | None:
+    mine, truth = rank.tensors.get(key), reference.tensors[key][slices]
+    if mine is None:
+        return Finding(f"rank {rank.rank}, {key}", f"{list(truth.shape)}", "nothing", f"{key} is missing")
+    return compare(key, rank.rank, mine, truth, scale, bound_of(reference, key, base, scale))

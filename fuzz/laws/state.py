@@ -1,46 +1,47 @@
 """Laws of state: replicas are bitwise identical, what must not change does not, coordinates are what the order says."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import STATES, TRAINED, Finding, holders, iterations, steps, updated
+from fuzz.laws.pieces import due, group, places
+from fuzz.tensors import Tensors, grouped
 from toy_models import weights
 from toy_models.coordinates import chunks, coordinates, is_last, layers_on
 from toy_models.coordinates import groups as expected_groups
 
 
-def _due(case: Case, rank: int, reference: Observation) -> list[str]:
-    """The keys that a rank must have observed: those of the reference, less what other ranks hold or see."""
-    due = []
-    for key in reference.tensors:
-        parts = key.split("/")
-        held = len(parts) < 5 or _holds(case, rank, parts[2], parts[4])
-        seen = parts[-1] not in ("logits", "logp") or is_last(case.layout, rank)
-        if held and seen and "margin" not in parts:
-            due.append(key)
-    return due
-
-
-def _holds(case: Case, rank: int, role: str, name: str) -> bool:
-    """Whether a rank has a part of a tensor: of a router's biases each rank of the layer has all."""
-    if name.endswith("e_score_correction_bias"):
-        return weights.layer_of(name) in layers_on(case.layout, case.model.layers, rank)
-    return name in weights.held(case.model, case.layout, role, rank)
+def _due(case: Case, rank: int, reference: Tensors) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """By group the names that a rank must have observed: the reference's, less what other ranks hold or see."""
+    for name, shapes in reference.groups.items():
+        names = tuple(tensor for tensor, _ in shapes)
+        parts = name.split("/")
+        if parts[-1] == "expert_bias":  # each rank of a layer has all biases of its router
+            layers = layers_on(case.layout, case.model.layers, rank)
+            yield name, tuple(tensor for tensor in names if weights.layer_of(tensor) in layers)
+        elif len(parts) > 3:
+            yield name, due(case.model, case.layout, parts[2], rank, names)
+        elif parts[-1] != "margin":
+            unseen = () if is_last(case.layout, rank) else ("logits", "logp")
+            yield name, tuple(tensor for tensor in names if tensor not in unseen)
 
 
 def everything_asked_for_is_done(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
     """Every rank has every rollout, every optimizer step of every epoch, and every tensor of them that it holds."""
-    judged = 0
+    judged, whole = 0, grouped(reference.tensors)
     for rank in ranks:
-        due = _due(case, rank.rank, reference)
-        missing = [key for key in due if key not in rank.tensors]
+        seen, number, missing = grouped(rank.tensors).groups, 0, []
+        for name, names in _due(case, rank.rank, whole):
+            there = {tensor for tensor, _ in seen.get(name, ())}
+            missing += [f"{name}/{tensor}" for tensor in names if tensor not in there]
+            number += len(names)
         if missing:
-            said = f"{len(missing)} of {len(due)} tensors are missing on rank {rank.rank}, {missing[0]} first"
-            finding = Finding(f"rank {rank.rank}, {missing[0]}", f"{len(due)} tensors", f"{len(missing)} missing", said)
+            said = f"{len(missing)} of {number} tensors are missing on rank {rank.rank}, {missing[0]} first"
+            finding = Finding(f"rank {rank.rank}, {missing[0]}", f"{number} tensors", f"{len(missing)} missing", said)
             raise Violation(case, "everything asked for is done", *finding)
-        judged += len(due)
+        judged += number
     return judged
 
 
@@ -57,17 +58,33 @@ def _unlike_replica(ranks: Sequence[Observation], members: Sequence[int], key: s
     return None
 
 
+def _alike(case: Case, ranks: Sequence[Observation], reference: Observation, role: str, prefix: str) -> bool:
+    """Whether whoever holds an element of a group holds what the first rank that has it holds: in one pass."""
+    whole = group(reference, prefix)
+    first, known = torch.zeros(len(whole.flat), dtype=torch.float64), torch.zeros(len(whole.flat), dtype=torch.bool)
+    for rank in ranks:
+        mine = group(rank, prefix)
+        where = places(case, role, rank.rank, mine, whole)
+        if where is None or not torch.equal(first[where.at], torch.where(known[where.at], mine.flat, 0.0)):
+            return False
+        first[where.at], known[where.at] = mine.flat, True
+    return True
+
+
 def replicas_are_bitwise_identical(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
     """Ranks that hold the same slice hold the same bits: gradients, weights and optimizer state, at every step."""
     judged = 0
     for step in steps(case):
         for role in TRAINED:
-            for (name, *_), members in holders(case, role).items():
-                for kind in ("grad", "weight", *STATES[case.ppo.optimizer]):
-                    found = _unlike_replica(ranks, members, f"{step.key}/{role}/{kind}/{name}")
-                    if found:
+            replicas = holders(case, role)
+            judged += sum(len(members) > 1 for members in replicas.values())
+            for kind in ("grad", "weight", *STATES[case.ppo.optimizer]):
+                prefix = f"{step.key}/{role}/{kind}"
+                if _alike(case, ranks, reference, role, prefix):
+                    continue
+                for (name, *_), members in replicas.items():
+                    if found := _unlike_replica(ranks, members, f"{prefix}/{name}"):
                         raise Violation(case, "replicas are bitwise identical", *found)
-                judged += len(members) > 1
     return judged
 
 
@@ -75,7 +92,8 @@ def expert_biases_are_the_same_on_all_ranks(case: Case, ranks: Sequence[Observat
     """Every rank that has a layer, over TP, CP and DP, has bitwise the same biases in its router after every step."""
     judged = 0
     for name in weights.expert_biases(case.model, "actor", case.seed):
-        members = [rank for rank in range(case.layout.world) if _holds(case, rank, "actor", name)]
+        layer, world = weights.layer_of(name), range(case.layout.world)
+        members = [rank for rank in world if layer in layers_on(case.layout, case.model.layers, rank)]
         for key in (f"{step.key}/{role}/expert_bias/{name}" for step in steps(case) for role in TRAINED):
             found = _unlike_replica(ranks, members, key)
             if found:

@@ -1,7 +1,7 @@
 """Laws of the update: gradients, their norm, what the optimizer does with them, weights after it, reported metrics."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,13 +18,14 @@ from fuzz.laws.compare import (
     certain_steps,
     compare,
     compare_pieces,
-    known_of,
     rows_in,
     seers,
     steps,
     summands,
     trained,
 )
+from fuzz.laws.pieces import group, owners, places
+from fuzz.tensors import Group
 from toy_models import weights
 
 BIAS_BOUND = 1e-6  # megatron keeps expert biases in float32, whatever the precision
@@ -64,19 +65,16 @@ def gradients_match_the_reference(case: Case, ranks: Sequence[Observation], refe
     return judged
 
 
-def _unique(case: Case, ranks: Sequence[Observation], role: str, prefix: str) -> list[torch.Tensor]:
-    """The observed gradients of unique parameters: of replicas, the lowest rank's piece counts."""
-    pieces: dict[tuple, torch.Tensor] = {}
+def _unique(case: Case, ranks: Sequence[Observation], reference: Observation, role: str, prefix: str) -> torch.Tensor:
+    """The observed gradients of unique parameters, flat: of replicas, the lowest rank's piece counts."""
+    whole, parts = group(reference, prefix), []
+    counted = torch.zeros(len(whole.flat), dtype=torch.bool)
     for rank in ranks:
-        held = known_of(case, "grad", weights.held(case.model, case.layout, role, rank.rank))
-        for name, where in held.items():
-            at = (name, *((s.start, s.stop) for s in where))
-            pieces.setdefault(at, rank.tensors[f"{prefix}/{name}"])
-    return list(pieces.values())
-
-
-def _norm(pieces: Iterable[torch.Tensor]) -> float:
-    return math.sqrt(sum(float((piece.double() ** 2).sum()) for piece in pieces))
+        mine = group(rank, prefix)
+        at = places(case, role, rank.rank, mine, whole).at  # type: ignore[union-attr]
+        parts.append(mine.flat[~counted[at]])
+        counted[at] = True
+    return torch.cat(parts)
 
 
 def _wrong_norm(rank: Observation, key: str, due: float, of: str, allowed: float) -> Finding | None:
@@ -94,7 +92,7 @@ def gradient_norm_is_that_of_the_observed_gradients(
     bound = BOUNDS[case.precision]["norm"]
     for step in steps(case):
         for role in TRAINED:
-            due = _norm(_unique(case, ranks, role, f"{step.key}/{role}/grad"))
+            due = math.sqrt(float((_unique(case, ranks, reference, role, f"{step.key}/{role}/grad") ** 2).sum()))
             for rank in ranks:
                 found = _wrong_norm(rank, f"{step.key}/{role}_norm", due, "the observed gradients", bound * due)
                 if found:
@@ -124,8 +122,7 @@ def zeros_of_gradients_are_counted(case: Case, ranks: Sequence[Observation], ref
     if not case.switches.count_zeros:
         return 0
     for key, role in ((step.key, role) for step in steps(case) for role in TRAINED):
-        pieces = _unique(case, ranks, role, f"{key}/{role}/grad")
-        due = float(sum(int((piece == 0).sum()) for piece in pieces))
+        due = float((_unique(case, ranks, reference, role, f"{key}/{role}/grad") == 0).sum())
         for rank in ranks:
             if (counted := rank.numbers[f"{key}/{role}_zeros"]) != due:
                 said = f"{counted:.0f} zeros are reported of the {role}'s gradients, which have {due:.0f}"
@@ -173,58 +170,48 @@ def _sgd(
     return {"weight": w - lr * carried, **state}
 
 
-def _flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensor.reshape(-1).double() for tensor in tensors])
-
-
 def _states(case: Case) -> tuple[str, ...]:
     return STATES[case.ppo.optimizer] if case.ppo.optimizer == "adam" or case.ppo.momentum else ()
 
 
-def _before(case: Case, rank: Observation, role: str, held: Mapping, number: int) -> dict[str, torch.Tensor]:
-    """Weights and state just before step `number` of the program, flat over all held tensors."""
+def _before(case: Case, rank: Observation, role: str, trained: Group, number: int) -> dict[str, torch.Tensor]:
+    """Weights and state just before step `number` of the program, flat over all trained tensors of a rank."""
     if number > 0:
-        key = steps(case)[number - 1].key
-        kinds = ("weight", *_states(case))
-        return {k: _flat(rank.tensors[f"{key}/{role}/{k}/{n}"] for n in held) for k in kinds}
-    initial = weights.canonical(case.model, role, case.seed)
-    pieces = [initial[name][where] for name, where in held.items()]
-    w = _flat(piece.float() if case.precision == "float32" else piece for piece in pieces)
+        key = f"{steps(case)[number - 1].key}/{role}"
+        return {kind: group(rank, f"{key}/{kind}").of(trained.names) for kind in ("weight", *_states(case))}
+    initial, held = (
+        weights.canonical(case.model, role, case.seed),
+        weights.held(case.model, case.layout, role, rank.rank),
+    )
+    w = torch.cat([initial[name][held[name]].reshape(-1) for name in trained.names])
+    w = w.float().double() if case.precision == "float32" else w
     return {"weight": w} | {k: torch.zeros_like(w) for k in _states(case)}
 
 
 def _misstepped(case: Case, rank: Observation, role: str, number: int) -> Finding | None:
-    step, held = steps(case)[number], known_of(case, "grad", weights.held(case.model, case.layout, role, rank.rank))
-    if not held:
+    prefix = f"{steps(case)[number].key}/{role}"
+    gradients = group(rank, f"{prefix}/grad")
+    if not gradients.shapes:
         return None
-    before = _before(case, rank, role, held, number)
-    gradients = [rank.tensors[f"{step.key}/{role}/grad/{name}"] for name in held]
-    wd = _flat(
-        torch.full_like(g, case.ppo.weight_decay * _decays(case, n, g.shape))
-        for n, g in zip(held, gradients, strict=True)
-    )
-    lr = _flat(torch.full_like(g, _rate(case, role, n)).double() for n, g in zip(held, gradients, strict=True))
-    norm = rank.numbers[f"{step.key}/{role}_norm"]
-    g = _flat(gradients) * _coefficient(case, norm)
+    before, of, p = _before(case, rank, role, gradients, number), owners(gradients.shapes), case.ppo
+    wd = torch.tensor([p.weight_decay * _decays(case, *one) for one in gradients.shapes], dtype=torch.float64)[of]
+    lr = torch.tensor([_rate(case, role, name) for name in gradients.names], dtype=torch.float64)[of]
+    g = gradients.flat * _coefficient(case, rank.numbers[f"{prefix}_norm"])
     rule = _adam if case.ppo.optimizer == "adam" else _sgd
     due = rule(case, before["weight"], g, before, number + 1, lr, wd)
     for kind, truth in due.items():
-        mine = _flat(rank.tensors[f"{step.key}/{role}/{kind}/{name}"] for name in held)
+        mine = group(rank, f"{prefix}/{kind}").of(gradients.names)
         scale = max(float(truth.abs().max()), float(before[kind].abs().max()))
-        found = compare(f"{step.key}/{role}/{kind}", rank.rank, mine, truth, scale, BOUNDS[case.precision]["step"])
+        found = compare(f"{prefix}/{kind}", rank.rank, mine, truth, scale, BOUNDS[case.precision]["step"])
         if found:
-            return found._replace(witness=f"{found.witness}, {_owner(held, gradients, found)}")
+            return found._replace(witness=f"{found.witness}, {_owner(gradients, found)}")
     return None
 
 
-def _owner(held: Mapping, gradients: Sequence[torch.Tensor], found: Finding) -> str:
+def _owner(gradients: Group, found: Finding) -> str:
     """Which tensor the flat index of a finding falls into."""
     index = int(found.witness.rsplit("[", 1)[1].rstrip("]"))
-    for name, gradient in zip(held, gradients, strict=True):
-        if index < gradient.numel():
-            return name
-        index -= gradient.numel()
-    raise AssertionError(f"flat index {index} lies behind the last tensor")
+    return gradients.names[int(owners(gradients.shapes)[index])]
 
 
 def the_optimizer_does_its_formula(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
