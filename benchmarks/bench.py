@@ -141,16 +141,31 @@ def measure(world: int, number: int, fresh: int) -> tuple[list[str], list[str], 
     return row, [str(world), *_parts(a), f"{a.memory:.2f}"], medians
 
 
-STAGES = ("groups", "models", "rollout", "experience", "dispatch", "update", "gather", "reference", "laws", "drawing")
+STAGES = (
+    "groups",
+    "models",
+    "rollout",
+    "experience",
+    "dispatch",
+    "update",
+    "gather",
+    "waiting",
+    "twin",
+    "laws",
+    "drawing",
+)
 
 
 def _parts(a: Suite) -> list[str]:
-    """Mean milliseconds per case; `gather` is what the ranks take beyond their stages: calls, packing, twins."""
+    """Mean milliseconds per case. `gather`: what the ranks take beyond their stages, for calls and packing; `waiting`:
+    for the reference, once they are done. What the reference takes beside them comes last.
+    """
     number = len(a.verdicts)
-    means = {name: sum(v.seconds.get(name, 0.0) for v in a.verdicts) / number for name in (*STAGES, "ranks")}
-    inside = sum(means[name] for name in STAGES[: STAGES.index("gather")])
+    names = (*STAGES, "ranks", "reference")
+    means = {name: sum(v.seconds.get(name, 0.0) for v in a.verdicts) / number for name in names}
+    inside = sum(means[name] for name in INSIDE)
     means |= {"gather": means["ranks"] - inside, "drawing": a.drawing}
-    return [f"{1000 * means[name]:.0f}" for name in STAGES]
+    return [f"{1000 * means[name]:.0f}" for name in (*STAGES, "reference")]
 
 
 def chart(found: Mapping[int, Mapping[str, float]], file: str) -> None:
@@ -187,7 +202,7 @@ def main() -> None:
     ways: Any = Table(
         "ranks", "suite", "floor", "spawn", "multiproc", "a/b", "c/a", "d/a", title="median / p90 seconds"
     )
-    parts: Any = Table("ranks", *STAGES, "GiB", title="where the suite's time goes: mean ms per case")
+    parts: Any = Table("ranks", *STAGES, "(reference)", "GiB", title="where the suite's time goes: mean ms per case")
     for world in map(int, asked.ranks.split(",")):
         row, where, found[world] = measure(world, asked.cases, asked.spawned)
         ways.add_row(*row)

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from fuzz.broken import Broken
 from fuzz.case import Case, HarnessFault, Observation, Violation, twin_of
@@ -21,7 +21,7 @@ from toy_models.batching import padded_width, partition
 KEPT_REFERENCES = 64
 KEPT_POOLS = 6
 RUN_CALL = "fuzz.functions.run:run"
-PARTS = ("ranks", "waiting", "twin", "laws")  # where the parent's seconds of a case go, in Verdict.seconds
+PARTS = ("ranks", "waiting", "twin")  # where the parent's seconds of a case go before the laws, in Verdict.seconds
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,16 @@ class Verdict:
     seconds: Mapping[str, float]
 
 
+class _Seen(NamedTuple):
+    """What ranks, those of the twin if there is one, and reference saw, and why it says nothing, if so."""
+
+    ranks: list[Observation]
+    twin: list[Observation]
+    reference: Observation
+    why: list[str]
+    seconds: Mapping[str, float]
+
+
 class Trials:
     """The pools of rank processes and the reference's process, warm for one run; `plants` are applied in every rank."""
 
@@ -49,8 +59,21 @@ class Trials:
 
     def judge(self, case: Case, times_patience: float = 1.0) -> Verdict:
         """Run a case, and its twin if it has one, and judge everything that was seen."""
-        clock = [time.perf_counter()]
-        known = self._ask_early(case)
+        seen = self._seen(case, times_patience)
+        if _starved([*seen.ranks, *seen.twin]):
+            return Verdict(case, {}, None, seen.why, False, {}, seen.seconds)
+        began, ill = time.perf_counter(), False
+        counts, violation = judge(case, seen.ranks, seen.reference, seen.twin)
+        seconds = {**seen.seconds, "laws": time.perf_counter() - began}
+        if violation is not None and _done(seen.ranks) and _done(seen.twin):
+            counts, again = judge(case, seen.ranks, self._moving(case, seen.reference), seen.twin)
+            ill, violation = again is None, again
+        why = [*doubts(case, seen.reference), *seen.why]
+        return Verdict(case, counts, violation, why, ill, _facts(case, seen.ranks, seen.reference), seconds)
+
+    def _seen(self, case: Case, times_patience: float) -> _Seen:
+        """The ranks run beside the reference, on the guess, seldom wrong, that it forces no token on them."""
+        clock, known = [time.perf_counter()], self._ask_early(case)
         guess = None if known else self._run(case, {}, times_patience)
         clock.append(time.perf_counter())
         reference = self._reference(case)
@@ -59,19 +82,9 @@ class Trials:
         run = case.twin and _done(ranks)  # where a rank was lost the twin would tell no more
         twin, also_passing = self._ranks(twin_of(case), reference, times_patience) if run else ([], [])
         clock.append(time.perf_counter())
-        why = [*passing, *also_passing]
-        seconds = _seconds(ranks) | {"reference": 0.0 if known else reference.seconds["reference"]}
-        if _starved([*ranks, *twin]):
-            return Verdict(case, {}, None, why, False, {}, seconds)
-        counts, violation = judge(case, ranks, reference, twin)
-        clock.append(time.perf_counter())
-        seconds |= {name: after - before for name, (before, after) in zip(PARTS, pairwise(clock), strict=True)}
-        ill = False
-        if violation is not None and _done(ranks) and _done(twin):
-            counts, again = judge(case, ranks, self._moving(case, reference), twin)
-            ill, violation = again is None, again
-        why = [*doubts(case, reference), *why]
-        return Verdict(case, counts, violation, why, ill, _facts(case, ranks, reference), seconds)
+        parts = {name: after - before for name, (before, after) in zip(PARTS, pairwise(clock), strict=True)}
+        own = {"reference": 0.0 if known else reference.seconds["reference"]}
+        return _Seen(ranks, twin, reference, [*passing, *also_passing], _seconds(ranks) | own | parts)
 
     def traced(self, case: Case) -> tuple[Observation, list[Observation]]:
         """The first optimizer step with taps on every module: of the reference, and of the ranks on its tokens."""

@@ -139,7 +139,7 @@ AFTER = (
 
 
 def _observed(trials: Trials, case: Case) -> list[Observation]:
-    return trials._ranks(case, trials._reference(case), 1.0)[0]
+    return trials._seen(case, 1.0).ranks
 
 
 def test_a_healthy_case_after_broken_ones_is_bitwise_that_of_a_fresh_pool() -> None:
