@@ -93,6 +93,42 @@ def test_a_planted_bug_is_found_and_shrinks(planted: Trials, family: str) -> Non
     assert call.layout.world == (2 if needs else 1) and (needs in ("", "world") or getattr(call.layout, needs) == 2)
 
 
+# Bugs of dispatchers that cases find too, and a call in which each is found.
+DISPATCHED = {
+    "alltoall": (
+        "chunks_restored_by_the_wrong_shape",
+        Call(
+            function="permutation.alltoall",
+            layout=Layout(world=4, tp=2, ep=2, etp=2),
+            arguments=(("local", 2), ("topk", 2), ("hidden", 3), ("dropped", False)),
+            rows=(2, 3, 1, 0),
+            group="etp-ep",
+        ),
+    ),
+    "allgather": (
+        "last_gathered_token_lost",
+        Call(
+            function="permutation.allgather",
+            arguments=(("local", 2), ("topk", 2), ("hidden", 3), ("dropped", False)),
+            layout=Layout(world=2, ep=2),
+            rows=(4, 4),
+            group="etp-ep",
+        ),
+    ),
+}
+
+
+def test_a_planted_bug_of_a_dispatcher_is_found(healthy: Trials) -> None:
+    """The ledger of a round trip does not agree with itself whatever the dispatcher does."""
+    assert all(judge(healthy, call).outcome == RIGHT for _, call in DISPATCHED.values())
+    wrong = Trials(plants=tuple(f"toy_models.planted.dispatch:{bug}" for bug, _ in DISPATCHED.values()))
+    try:
+        found = {name: judge(wrong, call).violation for name, (_, call) in DISPATCHED.items()}
+    finally:
+        wrong.close()
+    assert all(violation and violation.law == known.VALUES for violation in found.values()), found
+
+
 def test_without_bugs_nothing_is_found_and_all_is_judged(healthy: Trials) -> None:
     unjudged = []
     for name in NAMES:

@@ -6,6 +6,7 @@ from fuzz.functions import (
     activations,
     balance,
     clipping,
+    dispatchers,
     entropy,
     helpers,
     mappings,
@@ -20,7 +21,7 @@ from fuzz.functions.promise import Promise
 FAMILIES: Mapping[str, Mapping[str, Promise]] = {
     "mappings": mappings.PROMISES,
     "routing": routing.PROMISES,
-    "permutation": permutation.PROMISES,
+    "permutation": {**permutation.PROMISES, **dispatchers.PROMISES},
     "balance": balance.PROMISES,
     "clipping": clipping.PROMISES,
     "entropy": entropy.PROMISES,

@@ -6,6 +6,8 @@ import torch
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
+from fuzz.functions.called.dispatchers import allgather as allgather
+from fuzz.functions.called.dispatchers import alltoall as alltoall
 from fuzz.functions.permutation import capacity
 
 
