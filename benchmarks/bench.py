@@ -141,19 +141,8 @@ def measure(world: int, number: int, fresh: int) -> tuple[list[str], list[str], 
     return row, [str(world), *_parts(a), f"{a.memory:.2f}"], medians
 
 
-STAGES = (
-    "groups",
-    "models",
-    "rollout",
-    "experience",
-    "dispatch",
-    "update",
-    "gather",
-    "waiting",
-    "twin",
-    "laws",
-    "drawing",
-)
+INSIDE = ("groups", "models", "rollout", "experience", "dispatch", "update")  # of the ranks
+STAGES = (*INSIDE, "gather", "waiting", "twin", "laws", "drawing")
 
 
 def _parts(a: Suite) -> list[str]:
