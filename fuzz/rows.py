@@ -185,15 +185,17 @@ class _Search:
 
     def improved(self, row: Row, wanted: Meeting, missing: set[Meeting]) -> Row:
         """The row with words of others, as long as more of the missing meet and the wanted still do."""
-        best = before = _gain(row, missing)
-        for word in self._lacking(missing):
-            for other in itertools.islice(self._taken(row, word), TRIED):
+        before = best = _gain(row, missing)
+        for word in self._lacking(row, missing):
+            for other in itertools.islice(self._taken(row, word), TRIED if word not in row.said else 0):
                 if (gain := _gain(other, missing)) > best and _has(other, wanted):
                     row, best = other, gain
         return row if best == before else self.improved(row, wanted, missing)
 
-    def _lacking(self, missing: set[Meeting]) -> list[str]:
-        words = sorted({word for meeting in missing for word in meeting})
+    def _lacking(self, row: Row, missing: set[Meeting]) -> list[str]:
+        """Words that would meet one of the row's for the first time, in any order."""
+        halves = {(a, b) for a, b in missing if (a in row.said) != (b in row.said)}
+        words = sorted({b if a in row.said else a for a, b in halves})
         return self._chance.sample(words, len(words))
 
 
