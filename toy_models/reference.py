@@ -18,7 +18,7 @@ from toy_models import reference_update as update
 from toy_models.batching import partition, shards
 from toy_models.families import Tensors, from_hf
 from toy_models.precision import keep_float64
-from toy_models.reference_model import Pass, forward, initial, initial_biases, routing_gap, tokens_per_expert
+from toy_models.reference_model import Pass, forward, initial, initial_biases, parted, routing_gap, tokens_per_expert
 from toy_models.reference_rollout import Responses, evaluated, forced_responses, rollout, sampling_margin
 from toy_models.reference_update import Trained
 from toy_models.weights import ROLES, is_frozen
@@ -172,15 +172,16 @@ def _update(now: Run, iteration: int, experience: Experience) -> None:
 
 
 def _forward_mini_batch(now: Run, leaves: Tensors, of: Responses, micro_batches: list[tuple[int, ...]]) -> list[Pass]:
-    """One pass per micro-batch; one for all together where no balance loss could tell the difference."""
+    """One pass per micro-batch, computed apart only where experts have a capacity, and tokens depend on each other."""
     model, masked = now.case.model, now.case.switches.padding_mask == "padding"
-    if not model.balance and not model.capacity:
-        micro_batches = [tuple(row for micro in micro_batches for row in micro)]
-    cut = partial(shards, now.case.layout, width=of.sequences.shape[1])
-    cuts = [cut(len(rows)) if model.capacity else () for rows in micro_batches]
-    pairs = zip(map(list, micro_batches), cuts, strict=True)
-    passes = [(rows, forward(model, leaves, of.sequences[rows], some)) for rows, some in pairs]
-    return [one._replace(padding=of.padding[rows]) if masked else one for rows, one in passes]
+    if model.capacity:
+        cut = partial(shards, now.case.layout, width=of.sequences.shape[1])
+        passes = [forward(model, leaves, of.sequences[list(rows)], cut(len(rows))) for rows in micro_batches]
+    else:
+        whole = forward(model, leaves, of.sequences[[row for rows in micro_batches for row in rows]])
+        passes = parted(whole, [len(rows) for rows in micro_batches])
+    pairs = zip(micro_batches, passes, strict=True)
+    return [one._replace(padding=of.padding[list(rows)]) if masked else one for rows, one in pairs]
 
 
 def _optimizer_step(now: Run, key: str, experience: Experience, micro_batches: list[tuple[int, ...]]) -> None:

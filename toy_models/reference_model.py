@@ -132,7 +132,8 @@ def forward(
     for layer in (module.layers[i] for i in model.moe if model.capacity):
         layer.mlp.gate.shards = [torch.tensor(shard) for shard in shards]
     body = {name.removeprefix("model."): w for name, w in state.items() if name.startswith("model.")}
-    hidden = functional_call(module, body, kwargs={"input_ids": tokens, "use_cache": False}).last_hidden_state
+    given = {"input_ids": tokens, "use_cache": False}
+    hidden = functional_call(module, body, kwargs=given, tie_weights=False).last_hidden_state
     output = hidden @ head(state).T
     routed = tuple(seen)
     seen.clear()
@@ -154,6 +155,22 @@ def _cat(parts: tuple) -> Any:
     if isinstance(parts[0], torch.Tensor):
         return torch.cat(parts)
     return routing.Choice(*(torch.cat(some) for some in zip(*parts, strict=True)))
+
+
+def parted(whole: Pass, rows: Sequence[int]) -> list[Pass]:
+    """The inverse: one pass as passes over so many rows each."""
+    tokens = [number * whole.output.shape[1] for number in rows]
+    layers = [[Routing(*each) for each in zip(*(_split(x, tokens) for x in one), strict=True)] for one in whole.routing]
+    routed = zip(*layers, strict=True) if layers else [()] * len(rows)
+    return [Pass(output, some) for output, some in zip(whole.output.split(list(rows)), routed, strict=True)]
+
+
+def _split(part: Any, sizes: list[int]) -> Sequence[Any]:
+    if part is None:
+        return [None] * len(sizes)
+    if isinstance(part, torch.Tensor):
+        return part.split(sizes)
+    return [routing.Choice(*some) for some in zip(*(field.split(sizes) for field in part), strict=True)]
 
 
 def _nudged(tensor: torch.Tensor, nudge: float, *key: int | str) -> torch.Tensor:
