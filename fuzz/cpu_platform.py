@@ -110,6 +110,16 @@ def _megatron() -> None:
     # What is recomputed saves and restores the states of both generators; there is one, the CPU's.
     random._get_cuda_rng_state = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
     random._set_cuda_rng_state = lambda *_, **__: None
+    # Newer versions compile an extension for this, each rank for itself, longer than a rank that hangs is waited for.
+    if hasattr(random, "_get_share_storage"):
+        random._get_share_storage = lambda: _refill
+
+
+def _refill(output: torch.Tensor, recomputed: torch.Tensor) -> None:
+    """Put what was recomputed where it had been given back, as 0.16.1 does."""
+    storage, found = output.untyped_storage(), recomputed.untyped_storage()
+    storage.resize_(found.size())
+    storage.copy_(found)
 
 
 def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
