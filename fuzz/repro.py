@@ -64,9 +64,18 @@ def kind(case: Case, law: str) -> str:
     long = layout.cp > 1 or layout.vpp > 1 or layout.split != "even" or (layout.pp > 1 and model.tied)
     if not model.plain_router or model.family == "glm4moe" or model.seq_aux_loss or model.global_aux_loss:
         return ""
+    if found != "dispatch" and _trained_otherwise(case):
+        return ""
     if layout.world == 1 and (found == "gradients" or law == "routing is valid"):
         return "alone"
     return "" if long or (found == "dispatch" and (layout.order != Layout().order or model.dense)) else found
+
+
+def _trained_otherwise(case: Case) -> bool:
+    """Whether gradients are reduced, recomputed or applied as no script knows it."""
+    switches, ppo = case.switches, case.ppo
+    reduced = switches.distributed or switches.overlap_reduce or switches.average or switches.per_token
+    return reduced or switches.recompute != "none" or ppo.embedding_lr > 0 or ppo.coupled_decay or ppo.qk_decay
 
 
 def script(case: Case, law: str, plants: tuple[str, ...] = (), sentence: str = "", seen_on: str = "") -> str:
