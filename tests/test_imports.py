@@ -166,6 +166,13 @@ TABLE = {
     "fuzz.functions.run": Row("torch.* torch.distributed.* megatron.core.* fuzz.drive fuzz.refuse fuzz.functions.*"),
     "fuzz.functions.strategies": Row("hypothesis.* fuzz.functions.* toy_models.coordinates toy_models.spec"),
     "fuzz.functions.*": PROMISED,
+    "fuzz.deep": Row(),
+    "fuzz.deep.schema": Row(),
+    "fuzz.deep.campaign": Row("fuzz.deep.schema"),
+    "fuzz.deep.discovery": Row("fuzz.case fuzz.case_json fuzz.coverage fuzz.space toy_models.spec"),
+    "fuzz.deep.arms": Row("fuzz.space"),
+    "fuzz.deep.ledger": Row("fuzz.deep.arms fuzz.deep.campaign"),
+    "fuzz.deep.database": Row("hypothesis.* redis"),
     "fuzz.test_functions": PARENT,
     "fuzz.test_ep_ppo_props": PARENT,
     "fuzz.trial": Row("fuzz.broken fuzz.case fuzz.laws.* fuzz.ranks toy_models.batching toy_models.spec"),
@@ -224,6 +231,7 @@ NEVER = {
     "fuzz.show": "torch megatron transformers hypothesis",
     "fuzz.laws": "hypothesis megatron transformers fuzz.ranks fuzz.drive toy_models.ppo",
     "fuzz.ranks": "hypothesis megatron fuzz.laws fuzz.drive",
+    "fuzz.deep.ledger": "torch megatron transformers hypothesis ray",
     "fuzz.trial": "hypothesis pytest megatron transformers fuzz.drive toy_models.reference",
 }
 
