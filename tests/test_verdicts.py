@@ -1,4 +1,4 @@
-"""A verdict depends on the case alone: the same cases judged in two orders, in fresh pools, give the same bits."""
+"""A verdict depends on the case alone: in two orders, with all that is kept and with nothing, the bits are the same."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -68,10 +68,15 @@ def _verdicts(order: list[Case]) -> Mapping[str, tuple]:
     return found
 
 
+def _alone(cases: list[Case]) -> Mapping[str, tuple]:
+    """With nothing kept: no references, no pools, no process groups of an earlier case."""
+    return {name: verdict for case in cases for name, verdict in _verdicts([case]).items()}
+
+
 @pytest.mark.parametrize(
     ("number", "max_ranks"), [(8, 2), pytest.param(50, 4, marks=pytest.mark.slow)], ids=["few", "fifty"]
 )
-def test_verdicts_do_not_depend_on_the_order(number: int, max_ranks: int) -> None:
+def test_verdicts_depend_on_the_case_alone(number: int, max_ranks: int) -> None:
     drawn = _drawn(number, max_ranks)
     assert len(drawn) == number
-    assert _verdicts(drawn) == _verdicts(drawn[::-1])
+    assert _verdicts(drawn) == _verdicts(drawn[::-1]) == _alone(drawn)
