@@ -32,6 +32,17 @@ found is shrunk; then as many cases run without any bug, and must break nothing.
 Exit code: 0 all found and no false alarm, 1 one not found or a false alarm, 2 a bug that could not be planted, or wrong
 usage."""
 
+BISECT = """In which releases of megatron-core does a case fail? Each gets an environment of its own, in a cache folder,
+that shares torch and all else with this one (or with --python); the case is judged there by the code of today,
+megatron-core as released. A script that shows a bug (exit code 1 while it lives, 0 when it has gone) is run as it is.
+
+  HOLDS, VIOLATED     as in replay
+  INCONCLUSIVE why    the case cannot be expressed in that release, or was not judged in full
+  SKIPPED why         the release needs another Python
+
+Exit code: 0 it holds wherever it was judged, 1 violated somewhere, 2 judged nowhere, wrong usage, or an environment
+that cannot be built."""
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
@@ -46,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     recall = commands.add_parser("recall", help="find planted bugs", description=RECALL, formatter_class=raw)
     _recall_options(recall)
+    bisect = commands.add_parser("bisect", help="one case on several releases", description=BISECT, formatter_class=raw)
+    _bisect_options(bisect)
     replay = commands.add_parser("replay", help="judge case files again", description=REPLAY, formatter_class=raw)
     show = commands.add_parser("show", help="show a case and where its ranks sit", description=SHOW)
     _replay_options(replay)
@@ -79,6 +92,18 @@ def _recall_options(recall: argparse.ArgumentParser) -> None:
     recall.add_argument("--jobs", type=_jobs, default=1, metavar="N", help="bugs at once (default 1)")
     recall.add_argument("--json", default="", metavar="OUT", help="a file for the results as JSON")
     recall.add_argument("--any-version", action="store_true", help="go on with an unsupported megatron-core")
+
+
+def _bisect_options(bisect: argparse.ArgumentParser) -> None:
+    case = "a case file, the folder of a failure, or a script (.py) that shows a bug"
+    bisect.add_argument("case", type=Path, metavar="CASE", help=case)
+    bisect.add_argument("--versions", default="", metavar="A,B", help="releases of megatron-core (default: seven)")
+    bisect.add_argument("--law", default="", metavar="LAW", help="only this law counts; its name or its sentence")
+    python = "another Python that has torch, for releases that this one cannot have; may be repeated"
+    bisect.add_argument("--python", action="append", default=[], metavar="PATH", help=python)
+    bisect.add_argument("--cache", type=Path, metavar="FOLDER", help="where environments are kept")
+    bisect.add_argument("--seconds", type=_seconds, default=300.0, metavar="S", help="for one release (default 300)")
+    bisect.add_argument("--json", action="store_true", help="one JSON document on stdout, and nothing else there")
 
 
 def _seconds(text: str) -> float:
@@ -139,6 +164,19 @@ def _replay(options: argparse.Namespace) -> int:
     return replay.run(options.paths, asked)
 
 
+def _bisect(options: argparse.Namespace) -> int:
+    from fuzz import bisect, replay
+
+    named = tuple(filter(None, (version.strip() for version in options.versions.split(","))))
+    names = ("case", "cache", "seconds", "json")
+    try:
+        law = replay.law_named(options.law) if options.law else ""
+        numbers = {"pythons": tuple(options.python), "law": law, **{name: getattr(options, name) for name in names}}
+        return bisect.run(bisect.Asked(versions=named if options.versions else bisect.RELEASES, **numbers))
+    except ValueError as error:
+        return _refuse(str(error))
+
+
 def _show(options: argparse.Namespace) -> int:
     from fuzz import show
 
@@ -159,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     options = parser.parse_args(given)
     try:
-        return {"recall": _recall, "replay": _replay, "show": _show}[options.command](options)
+        return {"bisect": _bisect, "recall": _recall, "replay": _replay, "show": _show}[options.command](options)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough; what is left in the buffer must not raise at exit

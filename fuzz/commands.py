@@ -4,14 +4,22 @@ import contextlib
 import os
 import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 
-def run(asked: list[str], folder: Path, seconds: float) -> tuple[int | None, str]:
-    """The exit code of a program started in `folder`, None where it took longer than `seconds`, and what it said."""
+def run(
+    asked: list[str], folder: Path, seconds: float, environment: Mapping[str, str] | None = None
+) -> tuple[int | None, str]:
+    """The exit code of a program started in `folder`, None where it took longer than `seconds`, and what it said.
+
+    With an `environment` the variables by which Python finds packages are those alone.
+    """
+    here = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     started = subprocess.Popen(
         asked,
         cwd=folder,
+        env=None if environment is None else {**here, **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import moe_utils
 
 from fuzz import cpu_platform, group, messages, probe, pulse, recorder
@@ -27,6 +26,7 @@ from fuzz.plants import load
 from toy_models import megatron, ppo, precision, sampling
 from toy_models.experience import Experience, gather_experience
 from toy_models.megatron import Role
+from toy_models.releases import ProcessGroupCollection, groups_of_parallel_state
 from toy_models.spec import Layout
 from toy_models.weights import ROLES
 
@@ -87,7 +87,7 @@ def use_groups(layout: Layout) -> ProcessGroupCollection:
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
     _forget_logged_losses()
     messages.settled()
-    return ProcessGroupCollection.use_mpu_process_groups()
+    return groups_of_parallel_state()
 
 
 def groups_of(case: Case, seen: "Seen") -> ProcessGroupCollection:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from fuzz import drive, pulse
 from fuzz.broken import Broken
 from toy_models import batching, megatron, megatron_config, passes
+from toy_models.releases import schedule_of
 
 CALLED = {
     "groups": (parallel_state, "initialize_model_parallel"),
@@ -63,10 +63,10 @@ def _overridden(broken: Broken) -> Iterator[None]:
         for owner, (module, name) in CALLED.items()
     ]
     schedule, wider = (
-        partial(_schedule, get_forward_backward_func, _plain(broken.of("schedule"))),
+        partial(_schedule, schedule_of, _plain(broken.of("schedule"))),
         broken.of("inputs"),
     )
-    fronts.append((passes, "get_forward_backward_func", schedule))
+    fronts.append((passes, "schedule_of", schedule))
     if wider:
         fronts += [(owner, "padded_width", lambda *_: wider["width"]) for owner in (batching, megatron)]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in fronts]

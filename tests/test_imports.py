@@ -38,7 +38,7 @@ REFERENCE = Row(
 SYSTEM = Row(
     "torch.* torch.distributed.* megatron.core.* toy_models.spec toy_models.families toy_models.weights "
     "toy_models.batching toy_models.coordinates toy_models.megatron_names toy_models.megatron_config "
-    "toy_models.sharded_optimizer "
+    "toy_models.sharded_optimizer toy_models.releases "
     "toy_models.megatron_modules toy_models.precision toy_models.megatron toy_models.passes toy_models.readings "
     "toy_models.sampling toy_models.experience toy_models.ppo toy_models.planted.*"
 )
@@ -53,7 +53,9 @@ TABLE = {
     "conftest": PARENT,
     "fuzz": Row(),
     "fuzz.case": Row("toy_models.spec", types="torch fuzz.lockstep"),
-    "fuzz.__main__": Row("fuzz.known fuzz.plants fuzz.recall fuzz.replay fuzz.show"),
+    "fuzz.__main__": Row("fuzz.known fuzz.plants fuzz.recall fuzz.replay fuzz.bisect fuzz.show"),
+    "fuzz.bisect": Row("rich.* fuzz fuzz.case_files fuzz.commands fuzz.environments fuzz.replay"),
+    "fuzz.environments": Row("psutil fuzz.commands"),
     "fuzz.plants": Row(),
     "fuzz.rehearsal": Row("hypothesis.* fuzz.case fuzz.rows fuzz.strategies"),
     "fuzz.hunt": Row(
@@ -79,7 +81,7 @@ TABLE = {
         "torch.* torch.distributed.* megatron.core.* fuzz.case fuzz.cpu_platform fuzz.group fuzz.messages fuzz.plants "
         "fuzz.probe fuzz.pulse fuzz.recorder "
         "toy_models.spec toy_models.weights toy_models.precision toy_models.megatron toy_models.sampling "
-        "toy_models.experience toy_models.ppo"
+        "toy_models.experience toy_models.ppo toy_models.releases"
     ),
     "fuzz.trace": Row(
         "torch.* fuzz.case fuzz.drive fuzz.probe toy_models.megatron toy_models.passes toy_models.sampling "
@@ -99,7 +101,7 @@ TABLE = {
     "fuzz.broken_strategies": Row("hypothesis.* fuzz.breakages fuzz.broken fuzz.case fuzz.strategies"),
     "fuzz.refuse": Row(
         "torch.* megatron.core.* fuzz.broken fuzz.drive fuzz.pulse toy_models.batching toy_models.megatron "
-        "toy_models.megatron_config toy_models.passes"
+        "toy_models.megatron_config toy_models.passes toy_models.releases"
     ),
     "fuzz.refusals": Row("fuzz.broken fuzz.case fuzz.known_refusals fuzz.laws.* fuzz.trial"),
     "fuzz.known_refusals": Row("fuzz.broken fuzz.case fuzz.known toy_models.spec"),
@@ -191,6 +193,7 @@ TABLE = {
     "toy_models.experience": SYSTEM,
     "toy_models.ppo": SYSTEM,
     "toy_models.precision": Row("torch.*"),
+    "toy_models.releases": Row("torch.* torch.distributed.* megatron.core.*"),
     "toy_models.reference": REFERENCE,
     "toy_models.reference_model": REFERENCE,
     "toy_models.reference_rollout": REFERENCE,

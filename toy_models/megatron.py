@@ -14,7 +14,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from toy_models import families, megatron_names, sharded_optimizer, weights
@@ -23,6 +22,7 @@ from toy_models.coordinates import chunks, coordinates, is_first, is_last
 from toy_models.megatron_config import TRAINED, transformer_config
 from toy_models.megatron_modules import ScalarHead, block_spec
 from toy_models.megatron_names import Shard
+from toy_models.releases import ProcessGroupCollection, tp_of
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
 
@@ -54,7 +54,7 @@ def build(
         **explicit,
     )
     if not token_head and gpt.post_process:
-        gpt.output_layer = ScalarHead(config, gpt.pg_collection.tp)
+        gpt.output_layer = ScalarHead(config, tp_of(gpt))
     if config.params_dtype == torch.float64:
         gpt.rotary_pos_emb.inv_freq = families.frequencies(model)
     return gpt

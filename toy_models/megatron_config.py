@@ -51,7 +51,8 @@ def _options(model: MoEModel) -> dict[str, Any]:
         "moe_pad_expert_input_to_capacity": model.pad_to_capacity,
         "moe_z_loss_coeff": model.z_loss or None,
         "moe_shared_expert_intermediate_size": model.shared_ffn or None,
-        "moe_shared_expert_gate": model.family in weights.SHARED_GATE,
+        # Left out where it is off: 0.15 and older have no such option.
+        **({"moe_shared_expert_gate": True} if model.family in weights.SHARED_GATE else {}),
         "add_qkv_bias": model.family in weights.QKV_BIAS,
         "qk_layernorm": model.family in weights.QK_NORM,
         "layernorm_epsilon": families.rms_norm_eps(model.family),

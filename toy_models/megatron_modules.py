@@ -45,8 +45,9 @@ class ScalarHead(torch.nn.Module):
 
 def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int | None) -> TransformerBlockSubmodules:
     """Megatron's own choice of layers for a stage, with norms and an attention that run here."""
+    rank = {} if pp_rank is None else {"pp_rank": pp_rank}  # which 0.14 and older do not take
     block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank
+        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage, **rank
     )
     for layer in block.layer_specs:
         parts = layer.submodules

@@ -7,21 +7,14 @@ response. Only the last stage of a pipeline sees outputs.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 from toy_models import batching
 from toy_models.megatron import Role
-
-# Newer versions also cut sequences of which each has a CP size of its own, and ask whether to.
-NO_HYBRID = {"is_hybrid_cp": False} if "is_hybrid_cp" in signature(get_batch_on_this_cp_rank).parameters else {}
+from toy_models.releases import P2PCommunicator, ProcessGroupCollection, own_share, schedule_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,7 @@ def _step(batches: Any, module: torch.nn.Module, read: Callable, role: Role) -> 
     batch: Rollout = next(batches)
     positions_RW = torch.arange(batch.tokens_RW.shape[1]).expand_as(batch.tokens_RW)
     inputs = {"input_ids": batch.tokens_RW, "position_ids": positions_RW, "padding_mask": _padding(batch, role)}
-    own = get_batch_on_this_cp_rank(inputs, cp_group=role.groups.cp, **NO_HYBRID)
+    own = own_share(inputs, role.groups.cp)
     gpt = module.module if role.optimizer else module
     if role.switches.decoder_input and role.optimizer and gpt.pre_process:  # type: ignore[union-attr]
         own["decoder_input"] = gpt.embedding(own["input_ids"], own["position_ids"])  # type: ignore[union-attr,operator]
@@ -75,7 +68,7 @@ def _padding(batch: Rollout, role: Role) -> torch.Tensor | None:
 def scheduled(role: Role, batches: Sequence[Rollout], read: Callable, *, forward_only: bool) -> list[Any]:
     """What `read` returns beside the loss, per micro-batch; nothing on all stages but the last."""
     layout, iterators = role.layout, [iter(batches) for _ in role.chunks]
-    schedule = get_forward_backward_func(layout.pp, layout.vpp if layout.vpp > 1 else None)
+    schedule = schedule_of(layout.pp, layout.vpp if layout.vpp > 1 else None)
     return schedule(  # type: ignore[no-any-return]
         forward_step_func=partial(_step, read=read, role=role),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],

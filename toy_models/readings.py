@@ -11,10 +11,10 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     vocab_parallel_cross_entropy,
 )
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 from toy_models import batching
-from toy_models.passes import NO_HYBRID, Rollout
+from toy_models.passes import Rollout
+from toy_models.releases import own_share
 
 
 def _own(batch: Rollout, at_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +40,7 @@ def _at_states(batch: Rollout, x_RC: torch.Tensor) -> torch.Tensor:
 def token_logp(batch: Rollout, logits_RCV: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probabilities [R, T] of the response tokens from vocab-parallel logits, zero where masked."""
     own = {"labels": batch.tokens_RW.roll(-1, dims=1)}
-    own = get_batch_on_this_cp_rank(own, cp_group=batch.groups.cp, **NO_HYBRID)
+    own = own_share(own, batch.groups.cp)
     scaled = (logits_RCV / temperature).transpose(0, 1).contiguous()
     return _at_states(batch, -vocab_parallel_cross_entropy(scaled, own["labels"].t().contiguous()).t())
 

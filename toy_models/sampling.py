@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from toy_models import batching
 from toy_models.megatron import Role
 from toy_models.passes import Rollout, evaluate
 from toy_models.readings import at_last
+from toy_models.releases import ProcessGroupCollection
 
 
 def _prompts(case: Any, groups: ProcessGroupCollection, iteration: int) -> Rollout:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.utils import get_batch_on_this_cp_rank
 
-from toy_models import batching, experience, passes, ppo, readings, sampling
+from toy_models import batching, experience, ppo, readings, sampling
 from toy_models.planted.rewrite import rewrite, wrap
+from toy_models.releases import own_share
 
 # ---- rollout and log-probs -------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ def _own_log_probs(original: Callable, batch: Any, logits_RCV: torch.Tensor, tem
     total = sum((part - top).exp().sum(-1, keepdim=True) for part in parts)
     logp_RCV = torch.cat(parts, -1) - top - torch.log(total)  # type: ignore[arg-type]
     labels = {"labels": batch.tokens_RW.roll(-1, dims=1)}
-    labels = get_batch_on_this_cp_rank(labels, cp_group=batch.groups.cp, **passes.NO_HYBRID)["labels"]
+    labels = own_share(labels, batch.groups.cp)["labels"]
     return readings._at_states(batch, logp_RCV.gather(2, labels[..., None]).squeeze(2))
 
 
