@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fuzz.rows import Row
     from fuzz.trial import Trials
 
+INTERRUPTED = 130  # 128 + SIGINT
 EVERY = 20.0  # seconds between two plain lines of one search
 
 
@@ -63,7 +64,7 @@ def _is(bug: Plant, name: str) -> bool:
 
 def run(asked: Asked) -> int:
     """Search for every bug and say what was found; the exit code: 2 where one could not be planted, 1 where one was
-    not found or the healthy system was accused, else 0.
+    not found or the healthy system was accused, 130 after Ctrl-C, else 0.
     """
     bugs = chosen(asked)
     start()
@@ -72,14 +73,18 @@ def run(asked: Asked) -> int:
     with _Told(len(bugs)) as told:
         told.now("finding the covering rows")
         recall = _recalled(bugs, rows_in_turn(), asked, told)
-    return write(recall, asked.json)
+    if not recall.results:  # interrupted before the first
+        raise KeyboardInterrupt
+    code = write(recall, asked.json)
+    return INTERRUPTED if recall.untried else code
 
 
 def _recalled(bugs: Sequence[Plant], rows: tuple["Row", ...], asked: Asked, told: "_Told") -> Recall:
     from fuzz.hunt import control
 
     done: dict[str, Recalled] = {}
-    with closing(_healthy()) as healthy:
+    seen, untried = Control(0, ()), "the control"
+    with closing(_healthy()) as healthy, contextlib.suppress(KeyboardInterrupt):  # what was done by then is kept
         share = _alone(bugs, rows, asked, healthy, told) if asked.jobs == 1 else _shared(bugs, rows, asked)
         for one in share:
             done[one.id] = one
@@ -87,7 +92,16 @@ def _recalled(bugs: Sequence[Plant], rows: tuple["Row", ...], asked: Asked, told
         number = sum(one.cases for one in done.values())
         told.now(f"control: {number} cases without a bug")
         ran, alarms = control(healthy, rows, number, partial(told.cases, f"control of {number}"))
-    return Recall(tuple(bugs), tuple(done[bug.id] for bug in bugs), Control(ran, tuple(alarms)), asked.seconds)
+        seen, untried = Control(ran, tuple(alarms)), ""
+    tried = tuple(bug for bug in bugs if bug.id in done)
+    left = len(bugs) - len(tried)
+    return Recall(
+        tried,
+        tuple(done[bug.id] for bug in tried),
+        seen,
+        asked.seconds,
+        f"{left} of {len(bugs)} bugs and {untried}" if left else untried,
+    )
 
 
 def _healthy() -> "Trials":

@@ -41,12 +41,13 @@ class Control:
 
 @dataclass(frozen=True)
 class Recall:
-    """All bugs, what became of each, and the control."""
+    """The bugs that were tried, what became of each, and the control."""
 
     bugs: tuple[Plant, ...]
     results: "tuple[Recalled, ...]"
     control: Control
     seconds: float  # of search for each bug
+    untried: str = ""  # what was left when it was interrupted, in words
 
     @property
     def alarms(self) -> tuple[str, ...]:
@@ -123,6 +124,7 @@ def totals(recall: Recall) -> list[str]:
     missed = [one.id for one in tried if not one.found]
     lines += [f"not found within {recall.seconds:g} s: {', '.join(missed)}"] if missed else []
     lines += [f"{one.id}: {one.fault}" for one in recall.results if one.fault]
+    lines += [f"interrupted: {recall.untried} not tried"] if recall.untried else []
     lines += [f"healthy control: {recall.control.cases} cases, {len(recall.alarms)} false alarms"]
     return [*lines, *(f"false alarm: {alarm}" for alarm in recall.alarms)]
 
@@ -164,7 +166,8 @@ def plain(recall: Recall) -> dict[str, Any]:
     """The results as plain data; `minimal_case` as in a case file."""
     bugs = zip(recall.bugs, recall.results, strict=True)
     control = {"cases": recall.control.cases, "false_alarms": len(recall.alarms), "alarms": list(recall.alarms)}
-    return {"bugs": [_plain(bug, one) for bug, one in bugs], "control": control}
+    said = {"bugs": [_plain(bug, one) for bug, one in bugs], "control": control}
+    return said | ({"untried": recall.untried} if recall.untried else {})
 
 
 def _plain(bug: Plant, one: "Recalled") -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """`python -m fuzz recall`: a quick recall of one bug per family, bugs of one's own, and what is refused."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from fuzz.__main__ import main
 from fuzz.case import Case, Violation
 from fuzz.hunt import Recalled
 from fuzz.plants import Plant
+from fuzz.recall import _Told
 from fuzz.recalled import Control, Recall, minimal_layout, plain, totals
 from fuzz.rows import covering
 from toy_models.spec import Batch, Layout
@@ -99,6 +102,24 @@ def test_bugs_of_a_file_of_ones_own(
     assert fault["id"] == "mine.py:not_there" and not fault["found"]
     assert "could not be planted: AssertionError: toy_models.ppo._critic_loss has 'nothing like" in fault["fault"]
     assert "mine.py:not_there: could not be planted" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_what_was_done(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table and the files have the bugs that are through, and say how many are not."""
+    monkeypatch.setattr(hunt, "rows_in_turn", lambda: covering(1)[:3])
+    through = _Told.done
+
+    def pressed(told: _Told, one: Recalled) -> None:
+        through(told, one)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(_Told, "done", pressed)
+    (here / "mine.py").write_text(MINE)
+    (here / "beside.py").write_text('HALF = "0.5 * "\n')
+    code, said = results(here, "mine.py", "--shrink-seconds", "0")
+    assert code == 130 and [bug["id"] for bug in said["bugs"]] == ["mine.py:no_half"] and said["bugs"][0]["found"]
+    assert said["untried"] == "1 of 2 bugs and the control" and said["control"]["cases"] == 0
+    assert "interrupted: 1 of 2 bugs and the control not tried" in (here / ".fuzz" / "recall.md").read_text()
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------
