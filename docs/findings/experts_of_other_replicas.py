@@ -18,9 +18,17 @@ RANKS = 4
 BUG = 10  # exit code of a rank; an exception would give 1
 
 
+class Stream:
+    """A stream on a machine where everything is done when the call returns."""
+
+    def wait_stream(self, *_): ...
+
+
 def run_without_cuda():
-    """The grad buffer is made on torch.cuda.current_device(), and Gloo cannot average."""
+    """The grad buffer is made on torch.cuda.current_device(), newer versions ask for streams; Gloo cannot average."""
     torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *_: Stream()
+    torch.cuda.synchronize = lambda *_: None
     torch.nn.Module.cuda = lambda self, *_: self
 
 
