@@ -8,6 +8,7 @@ Exits 1 while the bug lives, 0 when it has gone.
 
 import sys
 import tempfile
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,8 @@ def stage(rank: int, folder: str, answers: "mp.SimpleQueue[list[float]]") -> Non
     router = TopKRouter(TransformerConfig(**CONFIG), ProcessGroupCollection(**dict.fromkeys(names, alone)))
     router.local_tokens_per_expert.copy_(LOADS[rank])
     update = sys.modules["megatron.core.distributed.finalize_model_grads"]._update_router_expert_bias
-    update([router], router.config)
+    own = {"tp_dp_cp_group": alone} if "tp_dp_cp_group" in signature(update).parameters else {}  # 0.19
+    update([router], router.config, **own)
     if rank == 0:
         answers.put(router.expert_bias.tolist())
     dist.destroy_process_group()
