@@ -1,6 +1,6 @@
-"""Which findings live in which releases: `python benchmarks/versions.py [--python PATH] [--again NAME] [--seconds 100]`.
+"""Which findings live in which releases: `python benchmarks/versions.py [--python PATH] [--again NAME] [--seconds 100]`
 
-Runs the scripts of docs/findings on each release as `python -m fuzz bisect` does, and writes docs/findings/versions.json
+Runs the scripts of docs/findings on each release as `python -m fuzz bisect` does; writes docs/findings/versions.json
 and docs/versions.md. What is in the JSON already is not run again; after `--seconds` it stops, and goes on next time.
 """
 
@@ -19,11 +19,10 @@ VERSIONS = ("0.13.1", "0.14.0", "0.15.3", "0.16.1", "0.19.2")
 SIGNS = {"VIOLATED": "**lives**", "HOLDS": "–", "INCONCLUSIVE": "?", "SKIPPED": ""}
 HEAD = """# Findings by releases of megatron-core
 
-Made by `python benchmarks/versions.py` from `docs/findings/versions.json`; each entry is a run of the finding's script on
-that release. **lives**: the script shows the bug; –: it does not; ?: the script cannot be run there, mostly since the
-release lacks a function or an argument that it needs, or asks for a CUDA device; empty: not run. Layouts are the smallest
-in which the bug shows; a layout that has none of these degrees above 1 is not hit by it. Bugs that need no layout show on
-one rank. What no script shows (refusals, functions at their edges in detail) stands on the pages.
+Made by `python benchmarks/versions.py` from `docs/findings/versions.json`; each entry is a run of the finding's script
+on that release. **lives**: the script shows the bug, or one of several; –: it does not; ?: the script cannot be run
+there, since the release lacks a function or an argument, or asks for a CUDA device; empty: not run. Layouts are those of
+the scripts; bugs that need none show on one rank. What no script shows (refusals, for one) stands on the pages.
 
 """
 LAYOUTS = {  # the smallest one, as the scripts make it

@@ -183,7 +183,9 @@ TABLE = {
     "toy_models.attention": Row("torch.* megatron.core.* toy_models.batching"),
     "toy_models.families": Row("torch.* transformers.* toy_models.spec"),
     "toy_models.megatron": SYSTEM,
-    "toy_models.megatron_config": Row("torch.* megatron.core.* toy_models.families toy_models.spec toy_models.weights"),
+    "toy_models.megatron_config": Row(
+        "torch.* megatron.core.* toy_models.families toy_models.releases toy_models.spec toy_models.weights"
+    ),
     "toy_models.megatron_modules": Row("torch.* torch.distributed.* megatron.core.* toy_models.attention"),
     "toy_models.planted.*": SYSTEM,
     "toy_models.sharded_optimizer": Row("torch.* megatron.core.*"),

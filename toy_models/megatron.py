@@ -22,7 +22,7 @@ from toy_models.coordinates import chunks, coordinates, is_first, is_last
 from toy_models.megatron_config import TRAINED, transformer_config
 from toy_models.megatron_modules import ScalarHead, block_spec
 from toy_models.megatron_names import Shard
-from toy_models.releases import ProcessGroupCollection, tp_of
+from toy_models.releases import ProcessGroupCollection, tp_of, unless_usual
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
 
@@ -180,8 +180,8 @@ def _optimizer(
         use_distributed_optimizer=switches.distributed,
         log_num_zeros_in_grad=switches.count_zeros,
         decoupled_lr=ppo.embedding_lr or None,
-        decoupled_weight_decay=not ppo.coupled_decay,
-        apply_wd_to_qk_layernorm=ppo.qk_decay,
+        **unless_usual(decoupled_weight_decay=(not ppo.coupled_decay, True)),  # since 0.15
+        **unless_usual(apply_wd_to_qk_layernorm=(ppo.qk_decay, False)),  # since 0.16
     )
     return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, **explicit)
 

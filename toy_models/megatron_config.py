@@ -10,6 +10,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from toy_models import families, weights
+from toy_models.releases import unless_usual
 from toy_models.spec import SELECTIVE, Layout, MoEModel, Switches
 
 TRAINED = ("actor", "critic")
@@ -51,8 +52,7 @@ def _options(model: MoEModel) -> dict[str, Any]:
         "moe_pad_expert_input_to_capacity": model.pad_to_capacity,
         "moe_z_loss_coeff": model.z_loss or None,
         "moe_shared_expert_intermediate_size": model.shared_ffn or None,
-        # Left out where it is off: 0.15 and older have no such option.
-        **({"moe_shared_expert_gate": True} if model.family in weights.SHARED_GATE else {}),
+        **unless_usual(moe_shared_expert_gate=(model.family in weights.SHARED_GATE, False)),  # since 0.16
         "add_qkv_bias": model.family in weights.QKV_BIAS,
         "qk_layernorm": model.family in weights.QK_NORM,
         "layernorm_epsilon": families.rms_norm_eps(model.family),

@@ -29,6 +29,7 @@ __all__ = (
     "own_share",
     "schedule_of",
     "tp_of",
+    "unless_usual",
 )
 _CUT = signature(get_batch_on_this_cp_rank).parameters
 _SIZES = signature(get_forward_backward_func).parameters
@@ -54,6 +55,11 @@ def schedule_of(pp: int, vpp: int | None) -> Callable[..., Any]:
     if found != pp:
         raise TypeError(f"this release takes the schedule from parallel_state: {found} stages there, not pp={pp}")
     return get_forward_backward_func()
+
+
+def unless_usual(**options: tuple[Any, Any]) -> dict[str, Any]:
+    """Options that differ from what is usual, given as (value, usual value): older releases lack some of them."""
+    return {name: value for name, (value, usual) in options.items() if value != usual}
 
 
 def tp_of(gpt: torch.nn.Module) -> torch.distributed.ProcessGroup:

@@ -2,9 +2,9 @@
 
     pip install torch megatron-core && python biases_of_other_experts.py
 
-Two ranks on the CPU over Gloo, TP=2 with sequence parallelism, EP=2, ETP=1: an expert's second linear layer with a bias,
-of another expert on each rank. Its gradient is 1 on rank 0 and 2 on rank 1, and must stay so, since nobody else has that
-expert. Exits 1 while the bug lives, 0 when it has gone (or is refused), 2 where something else went wrong.
+Two ranks on the CPU over Gloo, TP=2 with sequence parallelism, EP=2, ETP=1: an expert's second linear layer with a
+bias, of another expert on each rank. Its gradient is 1 on rank 0 and 2 on rank 1, and must stay so, since nobody else
+has that expert. Exits 1 while the bug lives, 0 when it has gone (or is refused), 2 where something else went wrong.
 """
 
 import sys

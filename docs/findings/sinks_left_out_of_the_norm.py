@@ -2,8 +2,8 @@
 
     pip install torch megatron-core && python sinks_left_out_of_the_norm.py
 
-Two ranks on the CPU over Gloo, softmax_type="learnable", two heads, TP=2: a sink on each rank. Their gradients are 3 and
-4, so the norm is 5. Exits 1 while the bug lives, 0 when it has gone, 2 where something else went wrong.
+Two ranks on the CPU over Gloo, softmax_type="learnable", two heads, TP=2: a sink on each rank. Their gradients are 3
+and 4, so the norm is 5. Exits 1 while the bug lives, 0 when it has gone, 2 where something else went wrong.
 """
 
 import math

@@ -2,8 +2,8 @@
 
     pip install torch megatron-core && python window_in_place_of_a_mask.py
 
-One process. Scores are all 0; the mask forbids the first token, which is padding, and what lies ahead. Exits 1 while the
-bug lives, 0 when it has gone, 2 where something else went wrong.
+One process. Scores are all 0; the mask forbids the first token, which is padding, and what lies ahead. Exits 1 while
+the bug lives, 0 when it has gone, 2 where something else went wrong.
 """
 
 import sys
