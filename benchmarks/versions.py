@@ -21,8 +21,8 @@ HEAD = """# Findings by releases of megatron-core
 
 Made by `python benchmarks/versions.py` from `docs/findings/versions.json`; each entry is a run of the finding's script
 on that release. **lives**: the script shows the bug, or one of several; –: it does not; ?: the script cannot be run
-there, since the release lacks a function or an argument, or asks for a CUDA device; empty: not run. Layouts are those of
-the scripts; bugs that need none show on one rank. What no script shows (refusals, for one) stands on the pages.
+there, since the release lacks a function or an argument, or asks for a CUDA device; empty: not run. Layouts are those
+of the scripts; bugs that need none show on one rank. What no script shows (refusals, for one) stands on the pages.
 
 """
 LAYOUTS = {  # the smallest one, as the scripts make it
