@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from planted_cases import PLANTED
 
-from fuzz import forking, known, laws
+from fuzz import forking, known, laws, tensors
 from fuzz.case import Case, Observation, Rollout, Update, Violation
 from fuzz.laws import updates
 from fuzz.ranks import Ranks
@@ -136,7 +136,7 @@ def _one_of_each_law_first() -> Iterator[Any]:
         shown.add(law.__name__)
 
 
-@pytest.mark.parametrize(("planted", "bug"), _one_of_each_law_first(), indirect=["planted"])
+@pytest.mark.parametrize(("planted", "bug"), list(_one_of_each_law_first()), indirect=["planted"])
 def test_a_planted_bug_breaks_its_law_first(planted: Trials, bug: str, healthy: Trials) -> None:
     case, law = PLANTED[bug]
     assert healthy.judge(case).violation is None
@@ -176,6 +176,15 @@ ROUNDED = Case(
     ),
     seed=4096,
 )  # fmt: skip
+
+
+def test_what_all_laws_look_at_is_laid_out_once(healthy: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a distributed optimizer's shares are put together the whole was laid out anew for every group of names."""
+    made, laid_out = list[int](), tensors.laid_out
+    monkeypatch.setattr(tensors, "laid_out", lambda some: made.append(len(some)) or laid_out(some))
+    verdict = healthy.judge(HEALTHY[0])
+    assert verdict.violation is None
+    assert len(made) == 2 * 2, f"{len(made)} times for 2 ranks, the case and its twin: {made} tensors"
 
 
 def test_what_the_norms_float32_moves_is_no_violation(healthy: Trials) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import STATES, TRAINED, Finding, holders, steps
+from fuzz.tensors import grouped
 from toy_models.coordinates import groups
 
 
@@ -31,7 +32,7 @@ def _sharing(case: Case, name: str, holding: Sequence[int]) -> list[list[int]]:
 
 
 def whole(case: Case, ranks: Sequence[Observation]) -> Sequence[Observation]:
-    """The same observations with every gradient and state whole on each rank that holds its slice."""
+    """The same observations with every gradient and state whole on each rank that holds its slice; grouped as they came."""
     if not ranks or not case.switches.distributed:
         return ranks
     found: list[dict[str, torch.Tensor]] = [dict(rank.tensors) for rank in ranks]
@@ -42,7 +43,7 @@ def whole(case: Case, ranks: Sequence[Observation]) -> Sequence[Observation]:
                 joined = parts.gather(0, owned.int().argmax(0, keepdim=True))[0]
                 for member in members:
                     found[member][key] = joined
-    return [replace(rank, tensors=tensors) for rank, tensors in zip(ranks, found, strict=True)]
+    return [replace(rank, tensors=grouped(tensors)) for rank, tensors in zip(ranks, found, strict=True)]
 
 
 def every_element_has_one_owner(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
