@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+from asked import one_or_more, some_of
 from drawn import NUMBER, drawn, listed
 from rich.console import Console
 from rich.progress import track
@@ -176,9 +177,9 @@ def chart(found: Mapping[int, Mapping[str, float]], file: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=NUMBER)
-    parser.add_argument("--spawned", type=int, default=2)
-    parser.add_argument("--ranks", default="1,2,4,8")
+    parser.add_argument("--cases", type=one_or_more, default=NUMBER)
+    parser.add_argument("--spawned", type=one_or_more, default=2)
+    parser.add_argument("--ranks", type=some_of((1, 2, 4, 8)), default="1,2,4,8")
     parser.add_argument("--json", metavar="OUT")
     parser.add_argument("--png", metavar="OUT")
     asked = parser.parse_args()
@@ -192,7 +193,7 @@ def main() -> None:
         "ranks", "suite", "floor", "spawn", "multiproc", "a/b", "c/a", "d/a", title="median / p90 seconds"
     )
     parts: Any = Table("ranks", *STAGES, "(reference)", "GiB", title="where the suite's time goes: mean ms per case")
-    for world in map(int, asked.ranks.split(",")):
+    for world in asked.ranks:
         row, where, found[world] = measure(world, asked.cases, asked.spawned)
         ways.add_row(*row)
         parts.add_row(*where)

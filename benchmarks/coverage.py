@@ -8,6 +8,7 @@ import argparse
 import time
 from collections.abc import Iterable
 
+from asked import one_or_more
 from hypothesis import HealthCheck, given, settings
 from rich.console import Console
 from rich.table import Table
@@ -55,8 +56,8 @@ def share(possible: Iterable[coverage.Meeting], met: set[coverage.Meeting]) -> s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--max-ranks", type=int, default=4)
+    parser.add_argument("--cases", type=one_or_more, default=1000)
+    parser.add_argument("--max-ranks", type=one_or_more, default=4)
     asked = parser.parse_args()
     sizes = [size for size in PROPERTIES if size <= asked.max_ranks]
     by_size = [drawn(size, asked.cases // len(sizes)) for size in sizes]

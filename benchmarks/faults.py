@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from asked import one_or_more
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -173,7 +174,7 @@ def bounds(rows: Sequence[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--faults", type=one_or_more, default=200)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     forking.warm_up()

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+from asked import one_or_more
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -96,7 +97,7 @@ def plot(found: Mapping[str, list[float]], file: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=one_or_more, default=5)
     parser.add_argument("--png", metavar="OUT")
     parser.add_argument("--json", metavar="OUT")
     asked = parser.parse_args()

@@ -9,6 +9,7 @@ import sys
 import time
 from statistics import median
 
+from asked import one_or_more
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from rich.console import Console
 from rich.table import Table
@@ -60,7 +61,7 @@ def named(layout: Layout) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--max-ranks", type=int, default=8)
+    parser.add_argument("--max-ranks", type=one_or_more, default=8)
     parser.add_argument("--seed", type=int, default=0)
     asked, console = parser.parse_args(), Console(width=110)
     places = [layout for world in PROPERTIES if world <= asked.max_ranks for layout in all_layouts(world)]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from asked import one_or_more
 from hypothesis import HealthCheck, Phase, given, settings
 from rich import box
 from rich.console import Console
@@ -106,8 +107,8 @@ def table(precision: str, found: Recorded, verdicts: list[Any]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--cases", type=int, default=40, help="drawn cases per precision")
-    parser.add_argument("--max-ranks", type=int, default=4)
+    parser.add_argument("--cases", type=one_or_more, default=40, help="drawn cases per precision")
+    parser.add_argument("--max-ranks", type=one_or_more, default=4)
     asked = parser.parse_args()
     trials, console = Trials(plants=known.mends()), Console(width=110)
     try:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asked import one_or_more
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from rich.console import Console
 from rich.table import Table
@@ -184,8 +185,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", action="append", metavar="NAME", help="bugs whose names contain this")
     parser.add_argument("--seconds", type=float, default=60.0, help="of shrinking")
-    parser.add_argument("--cases", type=int, default=300, help="drawn to find a bug")
-    parser.add_argument("--brute", type=int, default=20, help="cases on every smaller layout")
+    parser.add_argument("--cases", type=one_or_more, default=300, help="drawn to find a bug")
+    parser.add_argument("--brute", type=one_or_more, default=20, help="cases on every smaller layout")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trace", action="store_true", help="print every smaller failure")
     asked = parser.parse_args()

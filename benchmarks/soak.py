@@ -7,6 +7,7 @@ import argparse
 import sys
 import time
 
+from asked import one_or_more
 from hypothesis import HealthCheck, given, seed, settings
 from rich.console import Console
 from rich.progress import track
@@ -35,9 +36,9 @@ def drawn(number: int, start: int, most: int) -> list[Case]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=500)
+    parser.add_argument("--cases", type=one_or_more, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-ranks", type=int, default=4)
+    parser.add_argument("--max-ranks", type=one_or_more, default=4)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so many")
     asked = parser.parse_args()
     until = time.monotonic() + asked.seconds

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from asked import one_or_more, some_of
 from rich.console import Console
 from rich.table import Table
 
@@ -61,11 +62,11 @@ def measured(backend: str, world: int, times: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", default="2,4,8")
-    parser.add_argument("--times", type=int, default=400)
+    parser.add_argument("--ranks", type=some_of(range(2, 17)), default="2,4,8")
+    parser.add_argument("--times", type=one_or_more, default=400)
     asked = parser.parse_args()
     table = Table("ranks", "operation", "Gloo ms", "wire ms", "ratio")
-    for world in map(int, asked.ranks.split(",")):
+    for world in asked.ranks:
         gloo, wire = (measured(backend, world, asked.times) for backend in ("gloo", group.BACKEND))
         for op in OPS:
             table.add_row(str(world), op, f"{gloo[op]:.2f}", f"{wire[op]:.2f}", f"{gloo[op] / wire[op]:.1f}")

@@ -32,7 +32,7 @@ def _sharing(case: Case, name: str, holding: Sequence[int]) -> list[list[int]]:
 
 
 def whole(case: Case, ranks: Sequence[Observation]) -> Sequence[Observation]:
-    """The same observations with every gradient and state whole on each rank that holds its slice; grouped as they came."""
+    """The same observations with every gradient and state whole on each rank that holds its slice."""
     if not ranks or not case.switches.distributed:
         return ranks
     found: list[dict[str, torch.Tensor]] = [dict(rank.tensors) for rank in ranks]
