@@ -18,7 +18,7 @@ import pytest
 from hypothesis import Phase, currently_in_test_context, event, settings
 from rich.console import Console
 
-from fuzz import forking, known, plants, refusals, summary
+from fuzz import device, forking, known, plants, refusals, summary
 from fuzz.broken import Broken
 from fuzz.broken import size as size_of_broken
 from fuzz.case import Case, HarnessFault, Violation
@@ -61,6 +61,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--max-ranks", type=_number(int, "max-ranks"), default=4, help="largest world that is drawn (default 4)"
     )
+    group.addoption("--device", default="", help="cpu or cuda (default cuda where a GPU is visible)")
+    group.addoption(
+        "--ranks-per-gpu",
+        type=_number(int, "ranks-per-gpu"),
+        default=device.SHARED,
+        help=f"ranks that one GPU takes at most (default {device.SHARED})",
+    )
     group.addoption("--every-layout", action="store_true", help="each layout once, as in the deep profile")
     group.addoption("--no-known", action="store_true", help="do not step around known bugs of megatron-core")
     group.addoption("--any-version", action="store_true", help="go on with an unsupported megatron-core")
@@ -91,8 +98,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _wrong_options(config: pytest.Config) -> Iterator[str]:
     """What cannot be run, a line each."""
+    try:
+        device.choose(config.getoption("device"), config.getoption("ranks_per_gpu"))
+    except ValueError as error:
+        yield str(error)
     if config.getoption("max_ranks") < 1:
         yield f"--max-ranks={config.getoption('max_ranks')} must be at least 1"
+    if (most := device.most_ranks()) and config.getoption("max_ranks") > most:
+        gpus, each = device.gpus(), config.getoption("ranks_per_gpu")
+        yield f"--max-ranks={config.getoption('max_ranks')} must be at most {most}: {gpus} GPUs, --ranks-per-gpu={each}"
     if not config.getoption("shrink_seconds") >= 0:
         yield f"--shrink-seconds={config.getoption('shrink_seconds')} must be 0 or more"
     if (profile := config.getoption("--hypothesis-profile")) not in (None, "", "default", *_PROFILES):
@@ -130,6 +144,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
     names = ("megatron-core", "torch", "transformers", "hypothesis")
     lines = ["ep-ppo-fuzz: " + ", ".join(f"{name} {version(name)}" for name in names)]
+    lines += device.told()
     database = config.rootpath / ".hypothesis"
     if error := _unwritable(database):
         said = f"WARNING: failures cannot be kept in {database} ({error.strerror}); they are printed, the run goes on"

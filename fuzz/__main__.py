@@ -62,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     replay = commands.add_parser("replay", help="judge case files again", description=REPLAY, formatter_class=raw)
     show = commands.add_parser("show", help="show a case and where its ranks sit", description=SHOW)
     _replay_options(replay)
+    for command in (replay, recall):
+        command.add_argument("--device", default="", metavar="cpu|cuda", help="default cuda where a GPU is visible")
     for command in (replay, show):
         command.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=PATHS)
         command.add_argument("--json", action="store_true", help="one JSON document on stdout, and nothing else there")
@@ -128,9 +130,15 @@ def _plant(text: str) -> str:
 
 
 def _unsupported(options: argparse.Namespace) -> str:
-    """What ends a command for the megatron-core that is installed; a warning where it goes on all the same."""
-    from fuzz import known
+    """What ends a command for the device that is asked for or the megatron-core that is installed; a warning where it
+    goes on all the same.
+    """
+    from fuzz import device, known
 
+    try:
+        device.choose(options.device)
+    except ValueError as error:
+        return str(error)
     wrong = known.unsupported()
     if wrong and options.any_version:
         print(f"WARNING: {wrong.partition(';')[0]}", file=sys.stderr)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_utils
 
-from fuzz import cpu_platform, group, messages, probe, pulse, recorder
+from fuzz import cpu_platform, gpu_platform, group, messages, probe, pulse, recorder
 from fuzz.case import Case, Rollout, Update
 from fuzz.plants import load
 from toy_models import megatron, ppo, precision, sampling
@@ -30,17 +30,19 @@ from toy_models.releases import ProcessGroupCollection, groups_of_parallel_state
 from toy_models.spec import Layout
 from toy_models.weights import ROLES
 
-KEPT_LAYOUTS = 64  # process groups of so many layouts stay open
+# Process groups of so many layouts stay open; on a GPU each group has memory of the device.
+KEPT_LAYOUTS, KEPT_ON_GPU = 64, 6
 GROUP_TIMEOUT = timedelta(seconds=120)  # a backstop: the parent's deadline is shorter
 
 
 def start(rank: int, world: int, store_path: str, plants: tuple[str, ...] = ()) -> None:
     """Called once in a rank process: platform, planted bugs, the default process group."""
-    backend = "nccl"
-    if not torch.cuda.is_available():
+    backend = "nccl" if torch.cuda.is_available() else group.BACKEND
+    if backend == "nccl":
+        gpu_platform.apply(rank, world)
+    else:
         cpu_platform.apply()
         group.connect(rank, world, Path(store_path).parent)
-        backend = group.BACKEND
     for plant in plants:
         _plant(plant)
     if pulse.own is not None:
@@ -87,6 +89,8 @@ def use_groups(layout: Layout) -> ProcessGroupCollection:
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
     _forget_logged_losses()
     messages.settled()
+    if torch.cuda.is_available():
+        gpu_platform.seed_generators()
     return groups_of_parallel_state()
 
 
@@ -118,7 +122,7 @@ def _make_groups(layout: Layout) -> None:
         order=layout.order,
     )
     _groups[layout] = _globals()
-    if len(_groups) > KEPT_LAYOUTS:
+    if len(_groups) > (KEPT_ON_GPU if torch.cuda.is_available() else KEPT_LAYOUTS):
         _, oldest = _groups.popitem(last=False)
         _close(oldest)
 
@@ -191,7 +195,7 @@ def _digests(role: Role) -> dict[str, str]:
 
 
 def _bits(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def step(progress: Callable[[str], None], case: Case, forced: Mapping[int, Mapping] | None = None) -> dict[str, Any]:
@@ -206,7 +210,7 @@ def step(progress: Callable[[str], None], case: Case, forced: Mapping[int, Mappi
                 gpt.register_forward_pre_hook(seen.alive)
         seen.owned(roles)
         _run(case, roles, forced or {}, seen)
-    seen.facts["messages"] = messages.settled()
+    seen.facts |= {"messages": messages.settled(), "backend": dist.get_backend()}
     seen.facts |= {f"layers/{name}": _layers(role) for name, role in roles.items()}
     return {"tensors": seen.tensors, "numbers": seen.numbers, "facts": seen.facts, "seconds": seen.seconds}
 

@@ -46,6 +46,7 @@ PRELOAD = (
 ENVIRONMENT = {
     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
     **dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TORCHDYNAMO_DISABLE"), "1"),
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # no CUDA here: processes forked from one that has it cannot use it
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
 }

@@ -73,10 +73,10 @@ class _Echo(torch.nn.Module):
         return tokens * probs[:, None] / self.etp, None
 
 
-def _stamped(rank: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+def _stamped(rank: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Hidden states that tell tokens apart: column 0 counts them over all ranks from 1, the others vary with it."""
     tokens = shape[0] * shape[1]
-    ids = torch.arange(rank * tokens + 1, (rank + 1) * tokens + 1, dtype=dtype)
+    ids = torch.arange(rank * tokens + 1, (rank + 1) * tokens + 1, dtype=dtype, device=device)
     stamps = torch.stack([ids if c == 0 else torch.sin(ids * (c + 1)) for c in range(shape[2])], dim=-1)
     return stamps.reshape(shape)
 
@@ -89,7 +89,7 @@ def dispatch(actor: Role, layer: int, record: Record) -> tuple[dict[str, torch.T
     """
     moe = actor.layers()[layer].mlp
     hidden, probs, routing_map = record.routes[layer][0]
-    sent, echo = _stamped(actor.rank, hidden.shape, hidden.dtype), _Echo(actor.layout.etp)
+    sent, echo = _stamped(actor.rank, hidden.shape, hidden.dtype, hidden.device), _Echo(actor.layout.etp)
     kept = moe.router, moe.experts, moe.use_shared_expert
     moe.router, moe.experts, moe.use_shared_expert = _Chosen(probs, routing_map), echo, False
     try:

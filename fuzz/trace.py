@@ -187,8 +187,8 @@ def _whence(role: Role, layer: int, record: probe.Record) -> torch.Tensor:
         again = probe.Record()
         again.routes = {layer: [route]}
         tensors, _ = probe.dispatch(role, layer, again)
-        stamps, tokens = tensors["arrived"][:, 0].round().long() - 1, len(tensors["sent"])
-        experts = torch.arange(len(tensors["counts"])).repeat_interleave(tensors["counts"].long())
+        stamps, counts = tensors["arrived"][:, 0].cpu().round().long() - 1, tensors["counts"].cpu().long()
+        tokens, experts = len(tensors["sent"]), torch.arange(len(counts)).repeat_interleave(counts)
         ranks = torch.where(stamps >= 0, stamps // tokens, -1)
         found.append(torch.stack([torch.full_like(stamps, micro), ranks, stamps % tokens, experts], dim=1))
     return torch.cat(found)

@@ -44,7 +44,7 @@ SYSTEM = Row(
 )
 PARENT = Row(
     "torch.* hypothesis.* pytest rich.* fuzz.case fuzz.case_json fuzz.strategies fuzz.forking fuzz.ranks fuzz.laws.* "
-    "fuzz.broken fuzz.broken_strategies fuzz.known_refusals fuzz.refusals fuzz.timebox "
+    "fuzz.broken fuzz.broken_strategies fuzz.device fuzz.known_refusals fuzz.refusals fuzz.timebox "
     "fuzz.known fuzz.plants fuzz.rehearsal fuzz.rows fuzz.space fuzz.trial fuzz.summary fuzz.search toy_models.spec "
     "toy_models.weights fuzz.functions.*"
 )
@@ -53,10 +53,11 @@ TABLE = {
     "conftest": PARENT,
     "fuzz": Row(),
     "fuzz.case": Row("toy_models.spec", types="torch fuzz.lockstep"),
-    "fuzz.__main__": Row("fuzz.known fuzz.plants fuzz.recall fuzz.replay fuzz.bisect fuzz.show"),
+    "fuzz.__main__": Row("fuzz.device fuzz.known fuzz.plants fuzz.recall fuzz.replay fuzz.bisect fuzz.show"),
     "fuzz.bisect": Row("rich.* fuzz fuzz.case_files fuzz.commands fuzz.environments fuzz.replay"),
     "fuzz.environments": Row("psutil fuzz.commands"),
     "fuzz.plants": Row(),
+    "fuzz.device": Row("torch"),
     "fuzz.rehearsal": Row("hypothesis.* fuzz.case fuzz.rows fuzz.strategies"),
     "fuzz.hunt": Row(
         "hypothesis.* fuzz.case fuzz.order fuzz.progress fuzz.rehearsal fuzz.rows fuzz.space fuzz.strategies "
@@ -74,11 +75,13 @@ TABLE = {
     "fuzz.case_json": Row("fuzz.case fuzz.memory toy_models.spec"),
     "fuzz.memory": Row("fuzz.case toy_models.batching toy_models.spec"),
     "fuzz.cpu_platform": Row("torch.* megatron.core.*"),
+    "fuzz.gpu_platform": Row("torch megatron.core.*"),
     "fuzz.wire": Row(),
     "fuzz.messages": Row("torch.*"),
     "fuzz.group": Row("torch.* torch.distributed.* fuzz.messages fuzz.wire"),
     "fuzz.drive": Row(
-        "torch.* torch.distributed.* megatron.core.* fuzz.case fuzz.cpu_platform fuzz.group fuzz.messages fuzz.plants "
+        "torch.* torch.distributed.* megatron.core.* fuzz.case fuzz.cpu_platform fuzz.gpu_platform fuzz.group "
+        "fuzz.messages fuzz.plants "
         "fuzz.probe fuzz.pulse fuzz.recorder "
         "toy_models.spec toy_models.weights toy_models.precision toy_models.megatron toy_models.sampling "
         "toy_models.experience toy_models.ppo toy_models.releases"

@@ -25,7 +25,8 @@ class ContextParallelAttention(torch.nn.Module):
         self.group, self.cp = pg_collection.cp, config.context_parallel_size
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        places = [torch.tensor(chunk_positions(len(query) * self.cp, self.cp, rank)) for rank in range(self.cp)]
+        width, device = len(query) * self.cp, query.device
+        places = [torch.tensor(chunk_positions(width, self.cp, rank), device=device) for rank in range(self.cp)]
         later = torch.cat(places)[None, :] > places[self.group.rank()][:, None]
         keys, values = (self._everybodys(part, query.shape[2]) for part in (key, value))
         scores = torch.einsum("sbhd,tbhd->bhst", query, keys) * query.shape[-1] ** -0.5

@@ -56,8 +56,8 @@ def build(
     if not token_head and gpt.post_process:
         gpt.output_layer = ScalarHead(config, tp_of(gpt))
     if config.params_dtype == torch.float64:
-        gpt.rotary_pos_emb.inv_freq = families.frequencies(model)
-    return gpt
+        gpt.rotary_pos_emb.inv_freq = families.frequencies(model).to(torch.cuda.current_device())
+    return gpt.cuda(torch.cuda.current_device())  # norms and heads are made on the CPU, as in megatron's training
 
 
 @dataclass
@@ -160,8 +160,8 @@ def load(role: Role, canonical: Mapping[str, torch.Tensor]) -> None:
     for of, name, parameter in role.parameters:
         flat = torch.arange(parameter.numel()).reshape(parameter.shape)
         for piece, index in role.unpack(of, name, flat).items():
-            part = canonical[piece][where[piece]].to(parameter.dtype)
-            parameter.data.view(-1)[index.reshape(-1)] = part.reshape(-1)
+            part = canonical[piece][where[piece]].to(parameter.dtype).to(parameter.device)
+            parameter.data.view(-1)[index.reshape(-1).to(parameter.device)] = part.reshape(-1)
 
 
 def _optimizer(

@@ -5,7 +5,7 @@ response. Only the last stage of a pipeline sees outputs.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,17 +37,22 @@ class Rollout:
         parts = (self.tokens_RW, self.mask_RT, self.prompts_R, self.responses_R)
         return Rollout(self.groups, tuple(wanted), *(part[at] for part in parts))
 
+    def to(self, device: Any) -> "Rollout":
+        """The same on a device; itself where it is there."""
+        names = ("tokens_RW", "mask_RT", "prompts_R", "responses_R")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
     @property
     def states_RT(self) -> torch.Tensor:
         """Sequence position from which response token j is predicted, P + j - 1; clamped where there is none."""
-        steps = torch.arange(self.mask_RT.shape[1])
+        steps = torch.arange(self.mask_RT.shape[1], device=self.mask_RT.device)
         return (self.prompts_R[:, None] + steps - 1).clamp(max=self.tokens_RW.shape[1] - 2)
 
 
 def _step(batches: Any, module: torch.nn.Module, read: Callable, role: Role) -> tuple[torch.Tensor, Callable]:
     """megatron's forward_step_func: next micro-batch through a model chunk, and how to read the last one's output."""
     batch: Rollout = next(batches)
-    positions_RW = torch.arange(batch.tokens_RW.shape[1]).expand_as(batch.tokens_RW)
+    positions_RW = _positions(batch).expand_as(batch.tokens_RW)
     inputs = {"input_ids": batch.tokens_RW, "position_ids": positions_RW, "padding_mask": _padding(batch, role)}
     own = own_share(inputs, role.groups.cp)
     gpt = module.module if role.optimizer else module
@@ -56,10 +61,14 @@ def _step(batches: Any, module: torch.nn.Module, read: Callable, role: Role) -> 
     return module(attention_mask=None, **own), partial(read, batch)
 
 
+def _positions(batch: Rollout) -> torch.Tensor:
+    return torch.arange(batch.tokens_RW.shape[1], device=batch.tokens_RW.device)
+
+
 def _padding(batch: Rollout, role: Role) -> torch.Tensor | None:
     """True where a row has ended [R, W], as GPTModel asks for; or nowhere; or None."""
     ends_R1 = (batch.prompts_R + batch.responses_R)[:, None]
-    marked = {"padding": torch.arange(batch.tokens_RW.shape[1]) >= ends_R1, "all_false": ends_R1 < 0}
+    marked = {"padding": _positions(batch) >= ends_R1, "all_false": ends_R1 < 0}
     return (
         marked[role.switches.padding_mask].expand_as(batch.tokens_RW) if role.switches.padding_mask in marked else None
     )
@@ -106,12 +115,13 @@ def evaluate(
     def reading(batch: Rollout, output: torch.Tensor) -> tuple[torch.Tensor, Any]:
         return output.new_zeros(()), read(batch, output)
 
+    rollout, dtype = rollout.to(torch.cuda.current_device()), role.config.params_dtype
     for chunk in role.chunks:
         if chunk.training:
             chunk.eval()
     with torch.no_grad():
         found = [x for some in _passes(case, rollout) for x in scheduled(role, some, reading, forward_only=True)]
-        own = torch.cat(found) if found else torch.empty(len(rollout.rows), *shape, dtype=role.config.params_dtype)
+        own = torch.cat(found) if found else rollout.mask_RT.new_empty(len(rollout.rows), *shape, dtype=dtype)
         whole = everywhere(own.contiguous(), role.groups.cp if found else None, role.groups.pp)
         return whole if role.config.sequence_parallel else _of_first(whole, role.groups.tp)
 

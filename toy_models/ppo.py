@@ -71,7 +71,7 @@ METRICS = {
 def _metrics(role: Role, reports: Sequence[Mapping[str, Any]], tokens: torch.Tensor) -> dict[str, float]:
     """Sums over this rank's micro-batches, over DP and CP, per masked-in token of the mini-batch; on all stages."""
     names = METRICS[role.name]
-    totals = torch.zeros(len(names), dtype=tokens.dtype)
+    totals = tokens.new_zeros(len(names))
     for report in reports:
         totals += torch.stack([report["sums"][name] for name in names])
     everywhere(totals, role.groups.dp_cp if role.last else None, role.groups.pp)

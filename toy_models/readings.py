@@ -21,8 +21,8 @@ def _own(batch: Rollout, at_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     """Which of these sequence positions are this context-parallel rank's own, and where among them they lie."""
     cp = batch.groups.cp
     places = batching.chunk_positions(batch.tokens_RW.shape[1], cp.size(), cp.rank())
-    where_W = torch.full(batch.tokens_RW.shape[1:], -1)
-    where_W[places] = torch.arange(len(places))
+    where_W = torch.full(batch.tokens_RW.shape[1:], -1, device=at_RT.device)
+    where_W[places] = torch.arange(len(places), device=at_RT.device)
     return where_W[at_RT] >= 0, where_W[at_RT].clamp(min=0)
 
 

@@ -66,11 +66,11 @@ def roll_out(case: Any, actor: Role, iteration: int, forced: Mapping[tuple[int, 
     """Sample responses from the sharded actor. `forced` (row, position) -> token overrides single samples.
 
     All ranks call the model equally often: experts serve the rows of other DP ranks, so a rank whose rows have
-    ended goes on until the longest row of all has.
+    ended goes on until the longest row of all has. What is drawn and kept is on the CPU, as numbers of a row are.
     """
     rollout = _prompts(case, actor.groups, iteration)
     for position in range(max(batching.response_limits(case.batch, case.seed))):
         logits_RV = evaluate(case, actor, rollout, _last_logits, case.model.vocab)
         uniforms = [batching.uniform("sample", case.seed, iteration, row, position) for row in rollout.rows]
-        _put(case, rollout, sample(logits_RV, uniforms, case.ppo.temperature), position, iteration, forced)
-    return rollout
+        _put(case, rollout, sample(logits_RV.cpu(), uniforms, case.ppo.temperature), position, iteration, forced)
+    return rollout.to(torch.cuda.current_device())

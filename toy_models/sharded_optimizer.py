@@ -16,7 +16,7 @@ def state(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter, kind: str
     """Shaped as the parameter: 'owned' says which elements this rank has, a state is zero where it has none."""
     if kind not in (OWNED, *STATES):
         return None
-    whole = torch.zeros(parameter.numel(), dtype=torch.bool if kind == OWNED else parameter.dtype)
+    whole = parameter.new_zeros(parameter.numel(), dtype=torch.bool if kind == OWNED else parameter.dtype)
     for inner in optimizer.chained_optimizers:
         at = _place(inner, parameter)
         if at is not None:

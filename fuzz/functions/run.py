@@ -45,6 +45,7 @@ def run(progress: Callable[[str], None], call: Call) -> dict[str, Any]:
     function = getattr(importlib.import_module(f"fuzz.functions.called.{family}"), name)
     promise = promise_of(call.function)
     given = {name: tensor.detach() for name, tensor in promise.inputs(call, here.rank).items()}
+    given = {name: tensor.to(torch.cuda.current_device()) for name, tensor in given.items()}
     before = {name: tensor.clone() for name, tensor in given.items()}
     try:
         seen = _seen(here, function, given, promise.gradients)
@@ -73,7 +74,7 @@ def _seen(here: Here, function: Callable, given: dict[str, torch.Tensor], gradie
 
 
 def _backward(here: Here, given: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    upstream = {name: inputs.upstream(here.call, here.rank, name, x) for name, x in outputs.items()}
+    upstream = {name: inputs.upstream(here.call, here.rank, name, x).to(x.device) for name, x in outputs.items()}
     before = {name: gradient.clone() for name, gradient in upstream.items()}
     torch.autograd.backward(list(outputs.values()), list(upstream.values()))
     seen = {

@@ -10,6 +10,7 @@ from fuzz.laws.pieces import group
 from fuzz.tensors import grouped
 
 DISPATCH = "/dispatch/"
+ORDERED = 2  # ranks whose sum does not hang on its order
 
 
 def _same(mine: Observation, other: Observation) -> bool:
@@ -48,11 +49,15 @@ def a_case_run_twice_is_bitwise_the_same(
 def switches_that_must_not_matter_do_not(
     case: Case, ranks: Sequence[Observation], twins: Sequence[Observation], reference: Observation
 ) -> int:
-    """How stages talk, what they free, whence groups come and who embeds: the same bits as without any of it."""
+    """How stages talk, what they free, whence groups come and who embeds: the same bits as without any of it.
+
+    To rounding on NCCL with three ranks or more: in which order it adds depends on where in a buffer an element lies.
+    """
     if case.twin != "plain_switches" or twin_of(case).switches == case.switches:
         return 0
     for mine, other in zip(ranks, twins, strict=True):
-        found = _unequal(mine, other)
+        rounded = mine.facts.get("backend") == "nccl" and len(ranks) > ORDERED
+        found = _apart(case, mine, other, reference) if rounded else _unequal(mine, other)
         if found:
             raise Violation(case, "switches that must not matter do not", *found)
     return len(ranks)
@@ -69,7 +74,7 @@ def _apart(case: Case, mine: Observation, other: Observation, reference: Observa
         if worst:
             gap, where = worst
             numbers = f"{float(other.tensors[key][where]):.15g}", f"{float(tensor[where]):.15g}"
-            said = f"{key} differs by {gap:.2e} between the dispatchers; the bound is {bound:.1e}"
+            said = f"{key} differs by {gap:.2e} from its twin's; the bound is {bound:.1e}"
             return Finding(f"rank {mine.rank}, {key}, element {list(where)}", *numbers, said)
     return None
 

@@ -118,7 +118,7 @@ def chunks_restored_by_the_wrong_shape() -> None:
 
 
 def _leave_chunks_as_they_came(dispatcher: Any) -> None:
-    order = torch.arange(len(dispatcher.sort_input_by_local_experts))
+    order = torch.arange(len(dispatcher.sort_input_by_local_experts), device=torch.cuda.current_device())
     dispatcher.sort_input_by_local_experts = dispatcher.restore_output_by_local_experts = order
 
 
@@ -219,7 +219,8 @@ def forward_passes_count_tokens() -> None:
     """
 
     def prepare(self: Any) -> None:
-        self.register_buffer("tokens_per_expert", torch.zeros(self.num_experts), persistent=False)
+        counts = torch.zeros(self.num_experts, device=torch.cuda.current_device())
+        self.register_buffer("tokens_per_expert", counts, persistent=False)
 
     def around(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
         probs, routing_map = original(self, *args, **kwargs)

@@ -202,8 +202,9 @@ def norm_summed_from_the_own_part_on() -> None:
 def _norm_from_the_own_part_on(grads: list[torch.Tensor], *, grad_stats_parallel_group: Any) -> float:
     group = grad_stats_parallel_group
     own = sum(float((grad.double() ** 2).sum()) for grad in grads)
-    parts = [torch.zeros(1, dtype=torch.float32) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, torch.tensor([own], dtype=torch.float32), group=group)
+    mine = torch.tensor([own], dtype=torch.float32, device=torch.cuda.current_device())
+    parts = [torch.zeros_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group=group)
     others = sum(float(part) for rank, part in enumerate(parts) if rank != dist.get_rank(group))
     return math.sqrt(own + others)
 

@@ -40,7 +40,7 @@ def first_rank_alone_reduces() -> None:
     def around(original: Callable, *args: Any) -> Any:
         history = original(*args)
         if dist.get_rank() == 0 and dist.get_world_size() > 1:
-            dist.all_reduce(torch.zeros(1))
+            dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()))
         return history
 
     wrap(ppo, "update", around)
@@ -105,7 +105,8 @@ def balance_log_as_long_as_the_own_stage() -> None:
         history = original(case, roles, *args)
         actor = roles["actor"]
         if actor.groups.pp.size() > 1:
-            dist.all_reduce(torch.zeros(1 + len(actor.moe_layers())), group=actor.groups.pp)
+            log = torch.zeros(1 + len(actor.moe_layers()), device=torch.cuda.current_device())
+            dist.all_reduce(log, group=actor.groups.pp)
         return history
 
     wrap(ppo, "update", around)

@@ -19,13 +19,14 @@ def permute(here: Any, tokens: Tensor, routing_map: Tensor, probs: Tensor | None
 
 def unpermute(here: Any, permuted: Tensor, indices: Tensor, routing_map: Tensor, probs: Tensor | None = None) -> Tensor:
     shape = torch.Size((here.call.rows[here.rank], here.call["hidden"]))
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(here.call["deterministic"])
     try:
         return moe_utils.unpermute(
             permuted, indices, shape, probs=probs, routing_map=routing_map, drop_and_pad=here.call["pad"]
         )
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
 
 
 def sort_chunks_by_idxs(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 def topk_routing_with_score_function(here: Any, logits: Tensor, expert_bias: Tensor | None = None) -> Any:
     groups, chosen = here.call["groups"] or (None, None)
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(here.call["deterministic"])
     try:
         return moe_utils.topk_routing_with_score_function(
@@ -22,7 +23,7 @@ def topk_routing_with_score_function(here: Any, logits: Tensor, expert_bias: Ten
             expert_bias=None if expert_bias is None else expert_bias.detach(),
         )
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
 
 
 def group_limited_topk(here: Any, logits: Tensor) -> Any:
