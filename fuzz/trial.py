@@ -74,11 +74,13 @@ class Trials:
     def _seen(self, case: Case, times_patience: float) -> _Seen:
         """The ranks run beside the reference, on the guess, seldom wrong, that it forces no token on them."""
         clock, known = [time.perf_counter()], self._ask_early(case)
-        guess = None if known else self._run(case, {}, times_patience)
+        tokens = forced_tokens(case, self._reference(case)) if known else {}
+        first = self._run(case, tokens, times_patience)
         clock.append(time.perf_counter())
         reference = self._reference(case)
         clock.append(time.perf_counter())
-        ranks, passing = self._ranks(case, reference, times_patience, guess)
+        right = known or not forced_tokens(case, reference)
+        ranks, passing = self._ranks(case, reference, times_patience, first if right else None)
         run = case.twin and _done(ranks)  # where a rank was lost the twin would tell no more
         twin, also_passing = self._ranks(twin_of(case), reference, times_patience) if run else ([], [])
         clock.append(time.perf_counter())
@@ -125,11 +127,11 @@ class Trials:
         self._truth = None
 
     def _ranks(
-        self, case: Case, reference: Observation, times_patience: float, guess: list[Observation] | None = None
+        self, case: Case, reference: Observation, times_patience: float, first: list[Observation] | None = None
     ) -> tuple[list[Observation], list[str]]:
-        """What the ranks saw, and why it says nothing. `guess` is what they saw when no token was forced."""
+        """What the ranks saw, and why it says nothing. `first`: what they saw already, of the tokens to be forced."""
         tokens = forced_tokens(case, reference)
-        seen, once = self._sure(lambda more: self._run(case, tokens, more * times_patience), None if tokens else guess)
+        seen, once = self._sure(lambda more: self._run(case, tokens, more * times_patience), first)
         return seen, _starved(seen) or (["a rank was lost once, and not when the case ran again"] if once else [])
 
     def _sure(
