@@ -15,6 +15,7 @@ RECENT = 3  # chunks of an arm that tell what the next one will bring
 FADING = 0.5  # of a chunk's weight, for each chunk after it
 RESTLESS = 0.3  # of the best arm's rate, what an arm gains while each other could have had a chunk
 LEAST = 5.0  # seconds that a chunk counts for at least: one that has just begun says nothing yet
+FAMILIES = ("mappings", "routing", "permutation", "balance", "clipping", "entropy", "stages", "helpers", "state")
 SAVED, ROWS, PROPERTY, FUNCTIONS, REGION = "saved", "rows", "property", "functions", "region"
 DRAWN = ("any_case", "dispatchers_and_repetition", "shipped_precision", "broken_configurations_are_refused")
 LISTS = ("covering", "every_layout", "three_at_a_time")
