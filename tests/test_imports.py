@@ -178,6 +178,16 @@ TABLE = {
     "fuzz.deep.arms": Row("fuzz.space"),
     "fuzz.deep.ledger": Row("fuzz.deep.arms fuzz.deep.campaign"),
     "fuzz.deep.database": Row("hypothesis.* redis"),
+    "fuzz.deep.reading": Row("fuzz.deep.schema"),
+    "fuzz.deep.judging": Row(
+        "fuzz.broken fuzz.case fuzz.folders fuzz.investigate fuzz.progress fuzz.refusals fuzz.summary fuzz.timebox "
+        "fuzz.trial fuzz.functions.* fuzz.deep.campaign fuzz.deep.discovery fuzz.deep.ledger toy_models.spec"
+    ),
+    "fuzz.deep.shard": Row(
+        "hypothesis.* fuzz.case fuzz.known fuzz.rehearsal fuzz.replay fuzz.rows fuzz.space fuzz.strategies "
+        "fuzz.test_ep_ppo_props fuzz.timebox fuzz.trial fuzz.functions.* fuzz.deep.*"
+    ),
+    "fuzz.deep.cluster": Row("ray.* fuzz.deep.ledger fuzz.deep.shard"),
     "fuzz.test_functions": PARENT,
     "fuzz.test_ep_ppo_props": PARENT,
     "fuzz.trial": Row("fuzz.broken fuzz.case fuzz.laws.* fuzz.ranks toy_models.batching toy_models.spec"),

@@ -2,8 +2,8 @@
 
 Knows Ray, which is imported when a cluster is asked for. Knows nothing of cases, chunks, Hypothesis.
 
-Ray's own processes: with no address a Ray of this machine alone, bound to 127.0.0.1, without dashboard and usage report.
-It ends with this process however that ends, and ranks end with their shard (`fuzz.forking`).
+Ray's own processes: with no address a Ray of this machine alone, bound to 127.0.0.1, without dashboard and usage
+report. It ends with this process however that ends, and ranks end with their shard (`fuzz.forking`).
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def room(needs: Needs) -> int:
-    """For how many shards there is room now. Each must fit into one node: its ranks talk over sockets of one machine."""
+    """For how many shards there is room now. Each must fit into one node: its ranks talk over local sockets."""
     import ray
 
     bundle = needs.bundle()
@@ -82,7 +82,8 @@ def check_room(needs: Needs, shards: int) -> None:
 
     if (fits := room(needs)) >= shards:
         return
-    bundle, free, nodes = needs.bundle(), ray.available_resources(), [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    bundle, free = needs.bundle(), ray.available_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = ", ".join(f"{name} {much * shards:g} in all" for name, much in bundle.items())
     has = ", ".join(f"{name} {free.get(name, 0):g}" for name in bundle)
     largest = ", ".join(f"{name} {max((node.get(name, 0) for node in nodes), default=0):g}" for name in bundle)
@@ -122,7 +123,8 @@ def ledger(folder: Path, plan: Plan) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote(folder, plan, PATIENCE)
+    made: Any = ray.remote(Ledger)
+    actor = made.options(num_cpus=0, scheduling_strategy=here).remote(folder, plan, PATIENCE)
     try:
         ray.get(actor.left.remote(), timeout=START)
     except ray.exceptions.ActorDiedError as error:
@@ -158,7 +160,8 @@ class Shards:
         bundle = self._needs.bundle()
         where = PlacementGroupSchedulingStrategy(self._groups[shard])
         how = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "scheduling_strategy": where}
-        actor = self._actors[shard] = ray.remote(Shard).options(**how).remote()
+        made: Any = ray.remote(Shard)
+        actor = self._actors[shard] = made.options(**how).remote()
         self._runs[actor.run.remote(shard, self._ledger, self._asked)] = shard
 
     def running(self) -> int:
@@ -200,5 +203,3 @@ def closed(ledger: Any, ended: str) -> None:
     with contextlib.suppress(Exception):
         ray.get(ledger.close.remote(ended), timeout=FAREWELL)
     ray.shutdown()
-
-

@@ -1,4 +1,4 @@
-"""The cases of one search on their way: judged within a time box, recorded, claimed, or left to the shard that has them.
+"""The cases of one search on their way: judged within a time box, recorded, claimed, or left to whoever has them.
 
 Knows trials, time boxes, the folders of failures and the ledger's methods; nothing of Hypothesis and of chunks.
 """

@@ -111,7 +111,9 @@ def _read(folder: Path, db: sqlite3.Connection) -> Reading:
     sessions = db.execute("SELECT began, seconds, budget, shards, ended FROM sessions ORDER BY id").fetchall()
     tally = _tally(db)
     laws = {law: (int(n), int(tally.get("vacuous", {}).get(law, 0))) for law, n in tally.get("fired", {}).items()}
-    outcomes = {(kind, how): n for kind, how, n in db.execute("SELECT kind, outcome, count(*) FROM cases GROUP BY 1, 2")}
+    outcomes = {
+        (kind, how): n for kind, how, n in db.execute("SELECT kind, outcome, count(*) FROM cases GROUP BY 1, 2")
+    }
     kinds: dict[str, int] = defaultdict(int)
     for (kind, _), number in outcomes.items():
         kinds[kind] += number
@@ -172,5 +174,3 @@ def _locked(folder: Path) -> bool:
     except OSError:
         return True
     return False
-
-

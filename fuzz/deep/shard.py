@@ -41,7 +41,7 @@ QUIET: dict[str, Any] = {
     "verbosity": Verbosity.quiet,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.differing_executors],
 }
-# What was saved is tried in chunks of its own: elsewhere a failure that another shard has passes, and would be forgotten.
+# What was saved is tried in chunks of its own: elsewhere what another shard has passes, and would be forgotten.
 DRAWING, SAVED = (Phase.generate, Phase.target, Phase.shrink), (Phase.reuse, Phase.shrink)
 
 Search = Callable[[Judging], None]
@@ -115,7 +115,8 @@ def searches(chunk: Chunk, examples: ExampleDatabase) -> Iterator[Search]:
         part = rows_of(arm.what, arm.world)[chunk.start : chunk.start + chunk.size]
         yield lambda judging: rehearse_rows(judging.case, part, **QUIET)
     elif arm.kind == arms.REGION:
-        drawn = _drawn(chunk, cases(world=arm.world, **arm.pins), examples)
+        pins: dict[str, Any] = dict(arm.pins)
+        drawn = _drawn(chunk, cases(world=arm.world, **pins), examples)
         yield lambda judging: drawn(judging.case)
     elif arm.kind == arms.FUNCTIONS:
         for name in FAMILIES[arm.what]:
