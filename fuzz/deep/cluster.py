@@ -89,8 +89,8 @@ def check_room(needs: Needs, shards: int) -> None:
     largest = ", ".join(f"{name} {max((node.get(name, 0) for node in nodes), default=0):g}" for name in bundle)
     each = ", ".join(f"{name} {much:g}" for name, much in bundle.items())
     raise ValueError(
-        f"--shards {shards} of --max-ranks {needs.max_ranks} need {each} each on one node ({wanted}); free are {has} on "
-        f"{len(nodes)} node{'s' * (len(nodes) != 1)}, the largest with {largest}: room for {fits}"
+        f"--shards {shards} of --max-ranks {needs.max_ranks} need {each} each on one node ({wanted}); free are {has} "
+        f"on {len(nodes)} node{'s' * (len(nodes) != 1)}, the largest with {largest}: room for {fits}"
     )
 
 
