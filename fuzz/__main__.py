@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fuzz import plants
+from fuzz.deep import options as deep
 
 INTERRUPTED, CLOSED = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: as shells count
 PATHS = "a case file, the folder of a failure (its case.json), or a folder with such files and folders below it"
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _recall_options(recall)
     bisect = commands.add_parser("bisect", help="one case on several releases", description=BISECT, formatter_class=raw)
     _bisect_options(bisect)
+    deep.add_parsers(commands)
     replay = commands.add_parser("replay", help="judge case files again", description=REPLAY, formatter_class=raw)
     show = commands.add_parser("show", help="show a case and where its ranks sit", description=SHOW)
     _replay_options(replay)
@@ -191,6 +193,14 @@ def _show(options: argparse.Namespace) -> int:
     return show.run(options.paths, as_json=options.json)
 
 
+def _deep(options: argparse.Namespace) -> int:
+    """A command of `fuzz.deep`."""
+    try:
+        return options.run(options)
+    except ValueError as error:
+        return _refuse(str(error))
+
+
 def _refuse(why: str) -> int:
     print(f"python -m fuzz: {why}", file=sys.stderr)
     return 2
@@ -205,7 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     options = parser.parse_args(given)
     try:
-        return {"bisect": _bisect, "recall": _recall, "replay": _replay, "show": _show}[options.command](options)
+        own = {"bisect": _bisect, "recall": _recall, "replay": _replay, "show": _show}
+        return own[options.command](options) if options.command in own else _deep(options)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough; what is left in the buffer must not raise at exit

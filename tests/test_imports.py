@@ -53,7 +53,9 @@ TABLE = {
     "conftest": PARENT,
     "fuzz": Row(),
     "fuzz.case": Row("toy_models.spec", types="torch fuzz.lockstep"),
-    "fuzz.__main__": Row("fuzz.device fuzz.known fuzz.plants fuzz.recall fuzz.replay fuzz.bisect fuzz.show"),
+    "fuzz.__main__": Row(
+        "fuzz.device fuzz.known fuzz.plants fuzz.recall fuzz.replay fuzz.bisect fuzz.show fuzz.deep.options"
+    ),
     "fuzz.bisect": Row("rich.* fuzz fuzz.case_files fuzz.commands fuzz.environments fuzz.replay"),
     "fuzz.environments": Row("psutil fuzz.commands"),
     "fuzz.plants": Row(),
@@ -187,6 +189,9 @@ TABLE = {
         "hypothesis.* fuzz.case fuzz.known fuzz.rehearsal fuzz.replay fuzz.rows fuzz.space fuzz.strategies "
         "fuzz.test_ep_ppo_props fuzz.timebox fuzz.trial fuzz.functions.* fuzz.deep.*"
     ),
+    "fuzz.deep.options": Row("fuzz.known fuzz.plants fuzz.deep.driver"),
+    "fuzz.deep.driver": Row("rich.* fuzz.known fuzz.deep.*"),
+    "fuzz.deep.bar": Row("rich.* fuzz.deep.reading"),
     "fuzz.deep.cluster": Row("ray.* fuzz.deep.ledger fuzz.deep.shard"),
     "fuzz.test_functions": PARENT,
     "fuzz.test_ep_ppo_props": PARENT,

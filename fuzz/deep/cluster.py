@@ -8,6 +8,8 @@ report. It ends with this process however that ends, and ranks end with their sh
 
 import contextlib
 import os
+import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from fuzz.deep.ledger import Ledger, Plan
 CPUS_PER_RANK = 0.25  # ranks of tiny models wait for one another most of the time: 4 share a CPU with their parent
 OBJECTS = 100 * 2**20  # bytes of Ray's object store: what travels is small
 START = 60.0  # seconds for an actor to come up
+KNOCK = 5.0  # seconds for a cluster to accept a connection
+ANSWER = 60.0  # seconds for an answer of the ledger
 FAREWELL = 10.0  # seconds for the ledger to close
 PATIENCE = 20.0  # seconds for the ledger of a driver that was killed to be gone
 QUIET = {
@@ -45,6 +49,7 @@ class Needs:
 def joined(address: str) -> None:
     """Start Ray on this machine, or join the cluster at `address`. ValueError, in one line, where that fails."""
     os.environ.update(QUIET if address else QUIET | LOOPBACK)
+    _knock(address)
     import ray
 
     how: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
@@ -54,6 +59,19 @@ def joined(address: str) -> None:
     except Exception as error:
         where = f"--ray-address {address}: no cluster answers" if address else "Ray does not start here"
         raise ValueError(f"{where} ({type(error).__name__}: {_first_line(error)})") from error
+
+
+def _knock(address: str) -> None:
+    """ValueError where nothing listens at `host:port`: Ray itself would try for many minutes."""
+    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if not port.isdecimal():
+        if address not in ("", "auto"):
+            raise ValueError(f"--ray-address {address} must be auto, host:port or ray://host:port")
+        return
+    try:
+        socket.create_connection((host, int(port)), KNOCK).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--ray-address {address}: no cluster answers ({error})") from error
 
 
 def _environment() -> dict[str, Any]:
@@ -196,10 +214,26 @@ def _why(run: Any) -> str:
     return ""
 
 
+def asked(ledger: Any, name: str, *args: Any) -> Any:
+    """What the ledger answers. ValueError where it has ended: nothing can be kept then."""
+    import ray
+
+    try:
+        return ray.get(getattr(ledger, name).remote(*args), timeout=ANSWER)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        said = "the process that writes the campaign has ended or does not answer; what had finished is kept"
+        raise ValueError(f"{said} ({_first_line(error)})") from error
+
+
 def closed(ledger: Any, ended: str) -> None:
-    """Close the ledger and leave Ray."""
+    """Close the ledger."""
     import ray
 
     with contextlib.suppress(Exception):
         ray.get(ledger.close.remote(ended), timeout=FAREWELL)
-    ray.shutdown()
+
+
+def left() -> None:
+    """Leave Ray, and end it where it is ours."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()

@@ -26,24 +26,33 @@ def opened(name: str, folder: Path, tell: Callable[[str], None]) -> ExampleDatab
     return Falling(_redis(name), local, tell)
 
 
+def shared(name: str, folder: Path, tell: Callable[[str], None]) -> ExampleDatabase:
+    """The database of that name in the middle of a campaign: where it is down, the folder's, and `tell` hears why."""
+    try:
+        return opened(name, folder, tell)
+    except ValueError as error:
+        tell(f"{error}: going on with the local folder")
+        return DirectoryBasedExampleDatabase(folder)
+
+
 def _redis(url: str) -> ExampleDatabase:
     try:
         import redis
         from hypothesis.extra.redis import RedisExampleDatabase
     except ImportError as error:
-        raise ValueError(f"--database {_told(url)} needs the package redis: pip install redis") from error
+        raise ValueError(f"--database {told(url)} needs the package redis: pip install redis") from error
     try:
         server = redis.Redis.from_url(url, socket_timeout=SECONDS, socket_connect_timeout=SECONDS)
         server.ping()
     except (redis.RedisError, ValueError) as error:
-        raise ValueError(f"--database {_told(url)} cannot be reached: {error}") from error
+        raise ValueError(f"--database {told(url)} cannot be reached: {error}") from error
     return RedisExampleDatabase(server)
 
 
-def _told(url: str) -> str:
-    """Without the password."""
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
+def told(name: str) -> str:
+    """The database's name without a password."""
+    scheme, there, rest = name.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}" if there else name
 
 
 class Falling(ExampleDatabase):

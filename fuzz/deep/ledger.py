@@ -39,6 +39,17 @@ class Plan:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What all shards are told. `database`: a folder, a Redis URL, or empty for `examples`, the campaign's folder."""
+
+    shrink_seconds: float = 60.0
+    plants: tuple[str, ...] = ()
+    known: bool = True
+    database: str = ""
+    examples: str = ""
+
+
 class Ledger:
     """Opens the campaign and begins a session. ValueError as `Campaign`'s, or where no time is left."""
 

@@ -80,6 +80,34 @@ class Reading:
         return "no law violated" if sum(self.kinds.values()) else "nothing has run"
 
 
+@dataclass(frozen=True)
+class Glance:
+    """What changes from second to second; `notes`: (kind, text), those asked for."""
+
+    seconds: float = 0.0
+    cases: int = 0
+    cells: int = 0
+    failures: int = 0
+    notes: Sequence[tuple[str, str]] = ()
+
+
+def glance(folder: Path, told: int = 0) -> Glance:
+    """The campaign in short, with the notes after the first `told`; nothing where it has not begun."""
+    counted = "SELECT (SELECT total(seconds) FROM sessions), (SELECT count(*) FROM cases), "
+    counted += "(SELECT count(*) FROM seen WHERE kind='cell'), (SELECT count(*) FROM failures WHERE same IS NULL)"
+    try:
+        with contextlib.closing(_connected(folder / schema.NAME)) as db:
+            notes = db.execute("SELECT kind, text FROM notes ORDER BY id LIMIT -1 OFFSET ?", (told,)).fetchall()
+            return Glance(*db.execute(counted).fetchone(), notes)
+    except sqlite3.DatabaseError:
+        return Glance()
+
+
+def spent(folder: Path) -> float:
+    """Seconds of all drivers so far; 0 where there is nothing to read."""
+    return glance(folder).seconds if (folder / schema.NAME).is_file() else 0.0
+
+
 def read(folder: Path) -> Reading:
     """The campaign in a folder. ValueError, in one line, where there is none, or of another version, or damaged."""
     file = folder / schema.NAME

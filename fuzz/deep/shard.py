@@ -4,7 +4,6 @@ Hypothesis; nothing of Ray, of other shards, of the campaign's files. `Ledger` i
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +21,7 @@ from fuzz.deep import arms, database
 from fuzz.deep.campaign import DONE, EXHAUSTED, FAULT
 from fuzz.deep.discovery import New
 from fuzz.deep.judging import Bench, Judging
-from fuzz.deep.ledger import Chunk, Ledger
+from fuzz.deep.ledger import Chunk, Ledger, Told
 from fuzz.functions.families import FAMILIES
 from fuzz.functions.strategies import calls
 from fuzz.rehearsal import rehearse_rows
@@ -47,26 +46,15 @@ DRAWING, SAVED = (Phase.generate, Phase.target, Phase.shrink), (Phase.reuse, Pha
 Search = Callable[[Judging], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What all shards are told. `database`: a folder, a Redis URL, or empty for `examples`, the campaign's folder."""
-
-    shrink_seconds: float = 60.0
-    plants: tuple[str, ...] = ()
-    known: bool = True
-    database: str = ""
-    examples: str = ""
-
-
-def run(number: int, ledger: Ledger, asked: Asked) -> None:
+def run(number: int, ledger: Ledger, told: Told) -> None:
     """Chunk after chunk until there is none. HarnessFault where several in a row could not be run."""
     start()
-    plants = (*(known.mends() if asked.known else ()), *asked.plants)
+    plants = (*(known.mends() if told.known else ()), *told.plants)
     with closing(Trials(plants=plants)) as trials, TemporaryDirectory(prefix="fuzz-shard-") as private:
-        examples = database.opened(asked.database, Path(asked.examples), partial(ledger.note, "database"))
-        seconds, folder = asked.shrink_seconds, Path(private)
+        examples = database.shared(told.database, Path(told.examples), partial(ledger.note, "database"))
+        seconds, folder = told.shrink_seconds, Path(private)
         bench = Bench(
-            shard=number, ledger=ledger, trials=trials, folder=folder, shrink_seconds=seconds, known=asked.known
+            shard=number, ledger=ledger, trials=trials, folder=folder, shrink_seconds=seconds, known=told.known
         )
         _loop(bench, examples)
 
@@ -78,7 +66,7 @@ def _loop(bench: Bench, examples: ExampleDatabase) -> None:
         bench.ledger.end(chunk.number, how, why)
         faults = faults + 1 if why else 0
         if faults == FAULTS:
-            raise HarnessFault(f"{FAULTS} chunks in a row ended with a fault of the harness, the last: {why}")
+            raise RuntimeError(f"{FAULTS} chunks in a row ended with a fault of the harness, the last: {why}")
 
 
 def _ran(bench: Bench, chunk: Chunk, examples: ExampleDatabase, met: set[New]) -> tuple[str, str]:
