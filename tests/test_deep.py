@@ -27,7 +27,7 @@ from tests.test_ranks_end import gone
 
 ROOT = Path(__file__).parents[1]
 PLANT = "toy_models.planted.gradients:expert_gradients_scaled_twice"
-FEW = ("--max-ranks", "2", "--chunk", "15", "--only", "property any_case 2", "--shrink-seconds", "6")
+FEW = ("--max-ranks", "2", "--chunk", "15", "--only", "property any_case 2", "--shrink-seconds", "4")
 PATIENCE = 110.0  # seconds until something is to be seen
 
 
@@ -112,6 +112,17 @@ def test_a_second_driver_and_a_spent_budget_are_refused(tmp_path: Path, capsys: 
     assert f"--campaign {tmp_path} has spent 55s of its budget of 60s" in said
 
 
+def test_a_folder_of_something_else_or_another_version_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(Campaign(tmp_path / "old")) as campaign:
+        campaign.describe(version=99)
+    said = refused(capsys, "--campaign", str(tmp_path / "old"), "--budget", "60s")
+    assert f"{tmp_path / 'old'} is of version 99; this program has {schema.VERSION}" in said
+    said = refused(capsys, "--campaign", str(tmp_path), "--budget", "60s")
+    assert f"--campaign {tmp_path} has no campaign.db, but old" in said
+
+
 def test_a_shard_asks_for_what_its_largest_layout_needs() -> None:
     assert Needs(max_ranks=1).bundle() == {"CPU": 0.5} and Needs(max_ranks=8).bundle() == {"CPU": 2.0}
     assert Needs(max_ranks=8, gpus_per_rank=0.5).bundle() == {"CPU": 2.0, "GPU": 4.0}
@@ -176,7 +187,7 @@ def test_no_redis_at_the_start_is_refused_without_its_password(
 def test_a_campaign_finds_shrinks_and_reports_once(tmp_path: Path) -> None:
     """Two shards meet one bug: one folder, with the smallest case and its report; a second driver is refused."""
     folder = tmp_path / "c"
-    process = started(folder, *FEW, "--plant", PLANT, budget="35s")
+    process = started(folder, *FEW, "--plant", PLANT, "--shards", "2", budget="25s")
     with ended(process):
         wait_for_cases(folder, 1, process)
         children = below(process)

@@ -176,7 +176,7 @@ TABLE = {
     "fuzz.deep": Row(),
     "fuzz.deep.schema": Row(),
     "fuzz.deep.campaign": Row("fuzz.deep.schema"),
-    "fuzz.deep.discovery": Row("fuzz.case fuzz.case_json fuzz.coverage fuzz.space toy_models.spec"),
+    "fuzz.deep.discovery": Row("fuzz.case fuzz.case_json fuzz.coverage fuzz.known fuzz.space toy_models.spec"),
     "fuzz.deep.arms": Row("fuzz.space"),
     "fuzz.deep.ledger": Row("fuzz.deep.arms fuzz.deep.campaign"),
     "fuzz.deep.database": Row("hypothesis.* redis"),
@@ -189,8 +189,13 @@ TABLE = {
         "hypothesis.* fuzz.case fuzz.known fuzz.rehearsal fuzz.replay fuzz.rows fuzz.space fuzz.strategies "
         "fuzz.test_ep_ppo_props fuzz.timebox fuzz.trial fuzz.functions.* fuzz.deep.*"
     ),
-    "fuzz.deep.options": Row("fuzz.known fuzz.plants fuzz.deep.driver"),
+    "fuzz.deep.options": Row("fuzz.known fuzz.plants fuzz.deep.driver fuzz.deep.status fuzz.deep.page"),
     "fuzz.deep.driver": Row("rich.* fuzz.known fuzz.deep.*"),
+    "fuzz.deep.status": Row("rich.* fuzz.deep.reading fuzz.deep.sums"),
+    "fuzz.deep.page": Row("fuzz.case_json fuzz.deep.charts fuzz.deep.reading fuzz.deep.sums"),
+    "fuzz.deep.charts": Row("matplotlib.* fuzz.space fuzz.deep.discovery fuzz.deep.reading fuzz.deep.sums"),
+    "fuzz.deep.sums": Row("fuzz.meetings fuzz.space fuzz.deep.discovery fuzz.deep.reading"),
+    "fuzz.deep.keeper": Row(),
     "fuzz.deep.bar": Row("rich.* fuzz.deep.reading"),
     "fuzz.deep.cluster": Row("ray.* fuzz.deep.ledger fuzz.deep.shard"),
     "fuzz.test_functions": PARENT,

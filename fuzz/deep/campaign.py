@@ -24,7 +24,7 @@ from fuzz.deep import schema
 
 RUNNING, DONE, EXHAUSTED, FAULT, LOST = "running", "done", "exhausted", "fault", "lost"  # how a chunk ended
 CLAIMED, FOUND, OPEN = "claimed", "found", "open"  # a failure that a shard shrinks; that has its report; that none has
-WORTH = {"cell": 10.0, "behaviour": 5.0, "pair": 1.0, "triple": 0.25}  # of something new: the rarer the more
+WORTH = {"cell": 10.0, "behaviour": 5.0, "pair": 1.0, "triple": 0.25, "known": 0.0}  # the rarer the more
 TICK = 0.1  # seconds between two tries to get a lock
 
 

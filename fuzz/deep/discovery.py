@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fuzz import coverage
+from fuzz import coverage, known
 from fuzz.case import Case, Violation
 from fuzz.space import NAMED
 from toy_models.spec import Layout
@@ -37,6 +37,8 @@ def met(case: Case, counts: Mapping[str, int], facts: Mapping[str, bool]) -> Ite
         yield "triple", " & ".join(three)
     for name in (*(law for law, n in counts.items() if n), *(fact for fact, true in facts.items() if true)):
         yield "behaviour", f"{name} & {words['path']}"
+    for bug in known.met(case):
+        yield "known", f"{bug} & {cell(case.layout)}"
 
 
 def identity(violation: Violation) -> tuple[str, str]:

@@ -19,8 +19,9 @@ from typing import Any
 from rich.console import Console
 
 from fuzz import known
-from fuzz.deep import arms, campaign, cluster, database, reading
+from fuzz.deep import arms, campaign, cluster, database, reading, schema
 from fuzz.deep.bar import Bar
+from fuzz.deep.keeper import Keeper
 from fuzz.deep.ledger import Plan, Told
 
 LEAST = 20.0  # seconds: a shard starts in some 15 s, and its first case must fit in
@@ -58,17 +59,18 @@ def run(asked: Asked) -> int:
     """
     folder = asked.folder or ROOT / datetime.now().strftime("%Y-%m-%d-%H%M%S")
     _check_budget(asked.budget, folder)
-    campaign.check(folder)
+    _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = campaign.Lock(folder / "lock")
-    try:
+    with contextlib.ExitStack() as ending:  # in reverse: Ray, its keeper, the lock
+        ending.enter_context(contextlib.closing(campaign.Lock(folder / "lock")))
         database.opened(asked.database, folder / "examples", lambda _: None)
+        if not asked.address:
+            ending.callback(Keeper().dismiss)
+        ending.callback(cluster.left)
         cluster.joined(asked.address)
-        with contextlib.closing(_Run(asked, folder)) as running, _ended_by_signals():
+        running = ending.enter_context(contextlib.closing(_Run(asked, folder)))
+        with _ended_by_signals():
             return running.to_the_end()
-    finally:
-        cluster.left()
-        lock.close()
 
 
 def _check_budget(budget: float, folder: Path) -> None:
@@ -80,6 +82,14 @@ def _check_budget(budget: float, folder: Path) -> None:
     if budget - spent < LEAST:
         said = f"has spent {spent:.0f}s of its budget of {budget:g}s: a larger --budget goes on with it"
         raise ValueError(f"--campaign {folder} {said}")
+
+
+def _check_folder(folder: Path) -> None:
+    """ValueError where it is no campaign's, or one of another version; one that is damaged is mended by the ledger."""
+    campaign.check(folder)
+    if (folder / schema.NAME).exists():
+        with contextlib.suppress(reading.Damaged):
+            reading.read(folder)
 
 
 @contextlib.contextmanager

@@ -83,6 +83,7 @@ class Judging:
     def _judged_case(self, case: Any) -> Seen:
         verdict, tally = self._bench.trials.judge(case), summary.Tally()
         summary.count(tally, verdict)
+        tally["known cells"] = {cell(case.layout): 1} if tally["known"] else {}
         outcome = "violated" if verdict.violation else "inconclusive" if verdict.doubts else "holds"
         new = met(case, verdict.counts, verdict.facts)
         return Seen(kind="case", value=case, outcome=outcome, violation=verdict.violation, tally=tally, new=new)

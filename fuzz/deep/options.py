@@ -34,6 +34,21 @@ def add_parsers(commands: Any) -> None:
     database = "example database: a folder or redis://host:port (default: examples in the campaign's folder)"
     deep.add_argument("--database", default="", metavar="D", help=database)
     _add_search(deep)
+    _add_readers(commands)
+
+
+STATUS = """How far a campaign is: while it runs a table that lives, on a terminal; else once. Exit code: 1 where a law
+was violated, 2 where the folder is no campaign, else 0."""
+
+
+def _add_readers(commands: Any) -> None:
+    status = commands.add_parser("status", help="how far a campaign is", description=STATUS)
+    status.set_defaults(run=_status)
+    said = "writes report.html, one page that needs nothing else, and PNGs into the campaign's folder"
+    page = commands.add_parser("map", help="a campaign as a page", description=said)
+    page.set_defaults(run=_map)
+    for command in (status, page):
+        command.add_argument("folder", type=Path, metavar="DIR", help="of the campaign")
 
 
 def _add_search(deep: argparse.ArgumentParser) -> None:
@@ -100,3 +115,15 @@ def _deep(options: argparse.Namespace) -> int:
             known=not options.no_known,
         )
     )
+
+
+def _status(options: argparse.Namespace) -> int:
+    from fuzz.deep import status
+
+    return status.run(options.folder)
+
+
+def _map(options: argparse.Namespace) -> int:
+    from fuzz.deep import page
+
+    return page.run(options.folder)

@@ -51,6 +51,8 @@ class Reading:
     kinds: Mapping[str, int]  # cases by kind: case, broken, call
     outcomes: Mapping[tuple[str, str], int]  # by kind and outcome
     cells: Mapping[str, tuple[int, int]]
+    broken: Mapping[str, Sequence[int]]  # the failures of a layout
+    known: Mapping[str, Sequence[str]]  # the known bugs of megatron-core whose region was met at a layout
     seen: Mapping[str, int]
     growth: Sequence[tuple[float, str, int]]
     laws: Mapping[str, tuple[int, int]]  # fired, vacuous
@@ -80,6 +82,10 @@ class Reading:
         return "no law violated" if sum(self.kinds.values()) else "nothing has run"
 
 
+class Damaged(ValueError):
+    """The database of a campaign is torn."""
+
+
 @dataclass(frozen=True)
 class Glance:
     """What changes from second to second; `notes`: (kind, text), those asked for."""
@@ -98,7 +104,8 @@ def glance(folder: Path, told: int = 0) -> Glance:
     try:
         with contextlib.closing(_connected(folder / schema.NAME)) as db:
             notes = db.execute("SELECT kind, text FROM notes ORDER BY id LIMIT -1 OFFSET ?", (told,)).fetchall()
-            return Glance(*db.execute(counted).fetchone(), notes)
+            seconds, cases, cells, failures = db.execute(counted).fetchone()
+            return Glance(seconds, cases, cells, failures, notes)
     except sqlite3.DatabaseError:
         return Glance()
 
@@ -118,7 +125,7 @@ def read(folder: Path) -> Reading:
             return _read(folder, db)
     except sqlite3.DatabaseError as error:
         said = "resume it with `python -m fuzz deep --campaign`, which saves what can be read"
-        raise ValueError(f"{file} cannot be read ({error}): {said}") from error
+        raise Damaged(f"{file} cannot be read ({error}): {said}") from error
 
 
 def _connected(file: Path) -> sqlite3.Connection:
@@ -155,6 +162,8 @@ def _read(folder: Path, db: sqlite3.Connection) -> Reading:
         kinds=dict(kinds),
         outcomes=outcomes,
         cells=_cells(db),
+        broken=_gathered(db, "SELECT DISTINCT cell, failure FROM cases WHERE failure IS NOT NULL ORDER BY failure"),
+        known=_gathered(db, _KNOWN),
         seen=dict(db.execute("SELECT kind, count(*) FROM seen GROUP BY kind")),
         growth=list(_growth(db)),
         laws=laws,
@@ -168,6 +177,17 @@ def _read(folder: Path, db: sqlite3.Connection) -> Reading:
 
 _FAILURES = """SELECT id, law, tensor, at, state, folder, layout, sentence, same,
 (SELECT count(*) FROM cases WHERE cases.failure = failures.id) FROM failures ORDER BY id"""
+
+
+_KNOWN = "SELECT substr(what, instr(what, ' & ') + 3), substr(what, 1, instr(what, ' & ') - 1) FROM seen "
+_KNOWN += "WHERE kind='known' ORDER BY what"
+
+
+def _gathered(db: sqlite3.Connection, asked: str) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = defaultdict(list)
+    for key, value in db.execute(asked):
+        found[key].append(value)
+    return dict(found)
 
 
 def _tally(db: sqlite3.Connection) -> dict[str, dict[str, float]]:
