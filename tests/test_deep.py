@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from fuzz.__main__ import main
+from fuzz.case import Case, Violation
 from fuzz.case_json import from_json
 from fuzz.deep import database, reading, schema
 from fuzz.deep.campaign import Campaign
@@ -179,6 +180,46 @@ def test_no_redis_at_the_start_is_refused_without_its_password(
     options = ("--campaign", str(tmp_path / "c"), "--budget", "60s", "--database", "redis://:secret@127.0.0.1:9")
     said = refused(capsys, *options)
     assert "--database redis://127.0.0.1:9 cannot be reached" in said and "secret" not in said
+
+
+# ---- what is saved ---------------------------------------------------------------------------------------------
+
+
+class Judge:
+    """Takes the cases of a search; those with EP above 1 are broken, unless others have them or they are mended."""
+
+    def __init__(self, others: bool = False, mended: bool = False) -> None:
+        self.met_others, self.mended, self.cases = others, mended, list[Case]()
+
+    def case(self, case: Case) -> None:
+        self.cases.append(case)
+        if case.layout.ep > 1 and not (self.met_others or self.mended):
+            raise Violation(case, "a law", "a witness", "", "", "")
+
+
+def searched(name: str, seed: int, folder: Path, judge: Judge) -> None:
+    from fuzz.deep import arms, shard
+    from fuzz.deep.ledger import Chunk
+
+    [arm] = [arm for arm in arms.arms(2) if arm.name == name]
+    chunk = Chunk(number=1, arm=arm, start=0, seed=seed, size=30, left=60.0)
+    [search] = shard.searches(chunk, database.opened("", folder, print))
+    shard._searched(search, judge)  # type: ignore[arg-type]
+
+
+def test_what_a_shard_found_is_tried_first_and_forgotten_when_it_passes(tmp_path: Path) -> None:
+    searched("property any_case 2", 3, tmp_path, Judge())
+    again = Judge()
+    searched("saved any_case 2", 4, tmp_path, again)
+    assert again.cases and again.cases[0].layout.ep == 2
+    searched("saved any_case 2", 5, tmp_path, Judge(others=True))
+    kept = Judge()
+    searched("saved any_case 2", 6, tmp_path, kept)
+    assert kept.cases[0].layout.ep == 2, "what another shard has claimed is not forgotten"
+    searched("saved any_case 2", 7, tmp_path, Judge(mended=True))
+    gone = Judge()
+    searched("saved any_case 2", 8, tmp_path, gone)
+    assert gone.cases == []
 
 
 # ---- whole campaigns -------------------------------------------------------------------------------------------

@@ -189,13 +189,14 @@ TABLE = {
         "hypothesis.* fuzz.case fuzz.known fuzz.rehearsal fuzz.replay fuzz.rows fuzz.space fuzz.strategies "
         "fuzz.test_ep_ppo_props fuzz.timebox fuzz.trial fuzz.functions.* fuzz.deep.*"
     ),
-    "fuzz.deep.options": Row("fuzz.known fuzz.plants fuzz.deep.driver fuzz.deep.status fuzz.deep.page"),
+    "fuzz.deep.options": Row("fuzz.known fuzz.plants fuzz.deep.driver fuzz.deep.status fuzz.deep.page fuzz.deep.news"),
     "fuzz.deep.driver": Row("rich.* fuzz.known fuzz.deep.*"),
     "fuzz.deep.status": Row("rich.* fuzz.deep.reading fuzz.deep.sums"),
     "fuzz.deep.page": Row("fuzz.case_json fuzz.deep.charts fuzz.deep.reading fuzz.deep.sums"),
     "fuzz.deep.charts": Row("matplotlib.* fuzz.space fuzz.deep.discovery fuzz.deep.reading fuzz.deep.sums"),
     "fuzz.deep.sums": Row("fuzz.meetings fuzz.space fuzz.deep.discovery fuzz.deep.reading"),
-    "fuzz.deep.keeper": Row(),
+    "fuzz.deep.news": Row("fuzz.deep.reading fuzz.deep.sums"),
+    "fuzz.deep.keeper": Row("psutil"),
     "fuzz.deep.bar": Row("rich.* fuzz.deep.reading"),
     "fuzz.deep.cluster": Row("ray.* fuzz.deep.ledger fuzz.deep.shard"),
     "fuzz.test_functions": PARENT,

@@ -81,3 +81,30 @@ class Falling(ExampleDatabase):
                 self._tell(f"the example database is down ({error}): going on with the local folder")
                 self._first = None
         return getattr(self._second, name)(*args)
+
+
+class Draft(ExampleDatabase):
+    """Of one search: what is saved is saved at once, what is deleted goes when `forget` is called.
+
+    Hypothesis deletes what passes; but what another shard has claimed passes too.
+    """
+
+    def __init__(self, inner: ExampleDatabase) -> None:
+        super().__init__()
+        self._inner = inner
+        self._passed: dict[tuple[bytes, bytes], None] = {}
+
+    def save(self, key: bytes, value: bytes) -> None:
+        self._passed.pop((key, value), None)
+        self._inner.save(key, value)
+
+    def delete(self, key: bytes, value: bytes) -> None:
+        self._passed[key, value] = None
+
+    def fetch(self, key: bytes) -> Iterable[bytes]:
+        yield from self._inner.fetch(key)
+
+    def forget(self) -> None:
+        """Delete what passed."""
+        for key, value in self._passed:
+            self._inner.delete(key, value)

@@ -74,6 +74,11 @@ class Judging:
         """A call of a function, likewise."""
         self._run(call, self._judged_call, size_of_call, lambda *_: None)
 
+    @property
+    def met_others(self) -> bool:
+        """Whether a case passed though it failed, since another shard has it."""
+        return bool(self._others)
+
     def _run(self, value: Any, judged: Callable[[Any], Seen], *how: Any) -> None:
         self._box = self._box or TimeBox(self._bench.shrink_seconds, self._improved, *how)
         self._box.run(value, lambda value: self._recorded(value, judged))

@@ -3,6 +3,7 @@
 Runs where the folder is. Knows the campaign and the choice of chunks; nothing of Ray, Hypothesis, ranks.
 """
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,10 @@ class Ledger:
 
     def warnings(self) -> list[str]:
         return self._campaign.warnings
+
+    def pid(self) -> int:
+        """Of the process that writes."""
+        return os.getpid()
 
     def left(self) -> float:
         """Seconds of the budget."""

@@ -47,7 +47,13 @@ def _add_readers(commands: Any) -> None:
     said = "writes report.html, one page that needs nothing else, and PNGs into the campaign's folder"
     page = commands.add_parser("map", help="a campaign as a page", description=said)
     page.set_defaults(run=_map)
-    for command in (status, page):
+    said = "says which failures are new, and remembers them; exit code 1 where one is"
+    news = commands.add_parser("news", help="which failures of a campaign are new", description=said)
+    news.set_defaults(run=_news)
+    news.add_argument("--seen", type=Path, required=True, metavar="FILE", help="failures of earlier campaigns")
+    news.add_argument("--summary", type=Path, metavar="FILE", help="a file to which a summary in Markdown is added")
+    news.add_argument("--issues", action="store_true", help="an issue for each distinct failure, through gh")
+    for command in (status, page, news):
         command.add_argument("folder", type=Path, metavar="DIR", help="of the campaign")
 
 
@@ -127,3 +133,9 @@ def _map(options: argparse.Namespace) -> int:
     from fuzz.deep import page
 
     return page.run(options.folder)
+
+
+def _news(options: argparse.Namespace) -> int:
+    from fuzz.deep import news
+
+    return news.run(options.folder, options.seen, options.issues, options.summary)

@@ -40,7 +40,7 @@ QUIET: dict[str, Any] = {
     "verbosity": Verbosity.quiet,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.differing_executors],
 }
-# What was saved is tried in chunks of its own: elsewhere what another shard has passes, and would be forgotten.
+# What was saved is tried in chunks of its own.
 DRAWING, SAVED = (Phase.generate, Phase.target, Phase.shrink), (Phase.reuse, Phase.shrink)
 
 Search = Callable[[Judging], None]
@@ -104,22 +104,22 @@ def searches(chunk: Chunk, examples: ExampleDatabase) -> Iterator[Search]:
         yield lambda judging: rehearse_rows(judging.case, part, **QUIET)
     elif arm.kind == arms.REGION:
         pins: dict[str, Any] = dict(arm.pins)
-        drawn = _drawn(chunk, cases(world=arm.world, **pins), examples)
+        drawn = _drawn(chunk, cases(world=arm.world, **pins))
         yield lambda judging: drawn(judging.case)
     elif arm.kind == arms.FUNCTIONS:
         for name in FAMILIES[arm.what]:
-            drawn = _drawn(chunk, calls(function=f"{arm.what}.{name}", world=arm.world), None)
+            drawn = _drawn(chunk, calls(function=f"{arm.what}.{name}", world=arm.world))
             yield partial(lambda drawn, judging: drawn(judging.call), drawn)
     else:
         yield _property(chunk, examples)
 
 
-def _drawn(
-    chunk: Chunk, strategy: st.SearchStrategy[Any], examples: ExampleDatabase | None
-) -> Callable[[Callable[[Any], None]], None]:
+def _drawn(chunk: Chunk, strategy: st.SearchStrategy[Any]) -> Callable[[Callable[[Any], None]], None]:
+    """What is found there has its folder; no property of pytest would read it back."""
+
     def search(judge: Callable[[Any], None]) -> None:
         @seed(chunk.seed)
-        @settings(max_examples=chunk.size, database=examples, phases=DRAWING, **QUIET)
+        @settings(max_examples=chunk.size, database=None, phases=DRAWING, **QUIET)
         @given(strategy)
         def some(value: Any) -> None:
             judge(value)
@@ -135,10 +135,18 @@ def _property(chunk: Chunk, examples: ExampleDatabase) -> Search:
     plain = getattr(properties, f"test_{arm.what}").hypothesis.inner_test
     node = f"fuzz/{Path(properties.__file__).name}::{plain.__name__}[{arm.world}ranks]"
     plain._hypothesis_internal_add_digest = node.encode()  # as Hypothesis's plugin for pytest does
-    phases = SAVED if arm.kind == arms.SAVED else DRAWING
-    chosen = settings(max_examples=chunk.size, database=examples, phases=phases, **QUIET)
-    test = seed(chunk.seed)(chosen(given(st.data())(plain)))
-    return lambda judging: test(judging.broken if "broken" in arm.what else judging.case, arm.world)
+    draft, phases = database.Draft(examples), SAVED if arm.kind == arms.SAVED else DRAWING
+    chosen = settings(max_examples=chunk.size, database=draft, phases=phases, **QUIET)
+    test = chosen(seed(chunk.seed)(given(st.data())(plain)))  # in this order: a seed takes the database away
+
+    def search(judging: Judging) -> None:
+        try:
+            test(judging.broken if "broken" in arm.what else judging.case, arm.world)
+        finally:
+            if not judging.met_others:
+                draft.forget()
+
+    return search
 
 
 @cache
