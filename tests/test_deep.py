@@ -12,10 +12,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis.database import GitHubArtifactDatabase, ReadOnlyDatabase
 
 from fuzz.__main__ import main
 from fuzz.case import Case, Violation
@@ -216,10 +218,19 @@ def test_what_a_shard_found_is_tried_first_and_forgotten_when_it_passes(tmp_path
     kept = Judge()
     searched("saved any_case 2", 6, tmp_path, kept)
     assert kept.cases[0].layout.ep == 2, "what another shard has claimed is not forgotten"
-    searched("saved any_case 2", 7, tmp_path, Judge(mended=True))
-    gone = Judge()
-    searched("saved any_case 2", 8, tmp_path, gone)
-    assert gone.cases == []
+    before, mended = len(list(tmp_path.rglob("*"))), Judge(mended=True)
+    searched("saved any_case 2", 7, tmp_path, mended)
+    assert mended.cases and len(list(tmp_path.rglob("*"))) < before
+
+
+def test_an_artifact_of_the_examples_is_read_back(tmp_path: Path) -> None:
+    """As GitHub's upload makes it, and Hypothesis keeps it once it is loaded."""
+    database.opened("", tmp_path / "db", print).save(b"key", b"value")
+    (tmp_path / "cache").mkdir()
+    name = datetime.now(UTC).isoformat().replace(":", "_")
+    shutil.make_archive(str(tmp_path / "cache" / name), "zip", tmp_path / "db")
+    artifact = GitHubArtifactDatabase("owner", "repository", path=tmp_path / "cache")
+    assert list(ReadOnlyDatabase(artifact).fetch(b"key")) == [b"value"]
 
 
 # ---- whole campaigns -------------------------------------------------------------------------------------------
