@@ -129,6 +129,8 @@ def test_a_folder_of_something_else_or_another_version_is_refused(
 def test_a_shard_asks_for_what_its_largest_layout_needs() -> None:
     assert Needs(max_ranks=1).bundle() == {"CPU": 0.5} and Needs(max_ranks=8).bundle() == {"CPU": 2.0}
     assert Needs(max_ranks=8, gpus_per_rank=0.5).bundle() == {"CPU": 2.0, "GPU": 4.0}
+    assert Needs(max_ranks=4, gpus_per_rank=0.125).bundle()["GPU"] == 0.5
+    assert Needs(max_ranks=8, gpus_per_rank=0.3).bundle()["GPU"] == 3, "a part of a GPU, or whole ones"
 
 
 # ---- Redis, a real server --------------------------------------------------------------------------------------
@@ -301,3 +303,27 @@ def test_ctrl_c_keeps_what_has_finished(tmp_path: Path) -> None:
     assert gone(children, [], seconds=20) and reading.read(folder).kinds["case"] >= 3
     with closing(sqlite3.connect(folder / schema.NAME)) as db:
         assert db.execute("SELECT ended FROM sessions").fetchall() == [("interrupted",)]
+
+
+@pytest.mark.slow
+def test_a_node_lost_costs_no_finished_case(tmp_path: Path) -> None:
+    """Two nodes with a shard each; one is taken away, and there is no other: the other goes on, and ends in time."""
+    from ray.cluster_utils import Cluster
+
+    folder, room = tmp_path / "c", {"num_cpus": 0.5, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**room, "include_dashboard": False})
+    try:
+        node = cluster.add_node(**room)
+        cluster.wait_for_nodes()
+        process = started(folder, *FEW, "--ray-address", cluster.address, "--shards", "2", budget="60s")
+        with ended(process):
+            wait_for_cases(folder, 8, process)
+            finished = reading.glance(folder).cases
+            cluster.remove_node(node, allow_graceful=False)
+            said, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 0 and "lost: shard" in said, said
+    seen = reading.read(folder)
+    assert seen.kinds["case"] > finished and seen.faults == 0 and seen.seconds < 60 + 30
+    assert {ended_ for *_, ended_, _shard in seen.chunks} <= {"done", "lost"}

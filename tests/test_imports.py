@@ -186,7 +186,7 @@ TABLE = {
         "fuzz.trial fuzz.functions.* fuzz.deep.campaign fuzz.deep.discovery fuzz.deep.ledger toy_models.spec"
     ),
     "fuzz.deep.shard": Row(
-        "hypothesis.* fuzz.case fuzz.known fuzz.rehearsal fuzz.replay fuzz.rows fuzz.space fuzz.strategies "
+        "hypothesis.* fuzz.case fuzz.device fuzz.known fuzz.rehearsal fuzz.replay fuzz.rows fuzz.space fuzz.strategies "
         "fuzz.test_ep_ppo_props fuzz.timebox fuzz.trial fuzz.functions.* fuzz.deep.*"
     ),
     "fuzz.deep.options": Row("fuzz.known fuzz.plants fuzz.deep.driver fuzz.deep.status fuzz.deep.page fuzz.deep.news"),

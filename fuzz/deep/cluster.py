@@ -7,6 +7,7 @@ report. It ends with this process however that ends, and ranks end with their sh
 """
 
 import contextlib
+import math
 import os
 import socket
 import sys
@@ -41,9 +42,10 @@ class Needs:
     gpus_per_rank: float = 0.0
 
     def bundle(self) -> dict[str, float]:
-        """Resources as Ray counts them: at least half a CPU, for the parent of the ranks."""
-        gpus = {"GPU": self.gpus_per_rank * self.max_ranks} if self.gpus_per_rank else {}
-        return {"CPU": max(0.5, CPUS_PER_RANK * self.max_ranks), **gpus}
+        """Resources as Ray counts them: at least half a CPU, for the parent of the ranks; above one, whole GPUs."""
+        gpus = self.gpus_per_rank * self.max_ranks
+        of_gpus = {"GPU": gpus if gpus <= 1 else math.ceil(gpus)} if gpus else {}
+        return {"CPU": max(0.5, CPUS_PER_RANK * self.max_ranks), **of_gpus}
 
 
 def joined(address: str) -> None:
@@ -128,6 +130,9 @@ class Remote:
 class Shard:
     """What is inside a shard's actor. One method at a time: signals are set in the main thread alone."""
 
+    def up(self) -> None:
+        """It has found a node."""
+
     def run(self, number: int, ledger: Any, asked: Any) -> None:
         """Chunk after chunk until there is none."""
         from fuzz.deep import shard
@@ -167,6 +172,7 @@ class Shards:
         self._groups = [placement_group([needs.bundle()], strategy="STRICT_PACK") for _ in range(number)]
         self._actors: dict[int, Any] = {}
         self._runs: dict[Any, int] = {}
+        self._up: dict[int, Any] = {}
         for shard in range(number):
             self.start(shard)
 
@@ -180,6 +186,7 @@ class Shards:
         how = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "scheduling_strategy": where}
         made: Any = ray.remote(Shard)
         actor = self._actors[shard] = made.options(**how).remote()
+        self._up[shard] = actor.up.remote()
         self._runs[actor.run.remote(shard, self._ledger, self._asked)] = shard
 
     def running(self) -> int:
@@ -191,6 +198,16 @@ class Shards:
 
         done, _ = ray.wait(list(self._runs), num_returns=len(self._runs), timeout=seconds) if self._runs else ([], [])
         return [(self._runs.pop(one), _why(one)) for one in done]
+
+    def give_up_waiting(self) -> None:
+        """No more of those for which no node has been found."""
+        import ray
+
+        up, _ = ray.wait(list(self._up.values()), num_returns=len(self._up), timeout=0)
+        for run, shard in list(self._runs.items()):
+            if self._up[shard] not in up:
+                ray.kill(self._actors[shard])
+                del self._runs[run]
 
     def kill(self) -> None:
         """All, now: the keepers end their ranks."""

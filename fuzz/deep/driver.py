@@ -115,7 +115,7 @@ class _Run:
         self._ledger = cluster.ledger(folder, _plan(asked, number))
         self._losses: dict[int, list[float]] = {shard: [] for shard in range(number)}
         examples = str((folder / "examples").resolve())
-        names = ("shrink_seconds", "plants", "known", "database")
+        names = ("gpus_per_rank", "shrink_seconds", "plants", "known", "database")
         told = Told(examples=examples, **{name: getattr(asked, name) for name in names})
         self._shards = cluster.Shards(number, needs, self._ledger, told)
         self._bar = Bar(Console(), asked.budget, number)
@@ -140,6 +140,8 @@ class _Run:
             left = cluster.asked(self._ledger, "beat")
             for shard, why in self._shards.ended(TICK):
                 self._gone(shard, why, left)
+            if left <= 0:
+                self._shards.give_up_waiting()
             self._show()
             if time.monotonic() > until:
                 self._note("late", f"{self._shards.running()} shards had not ended {GRACE:g} s after the budget")

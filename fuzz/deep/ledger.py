@@ -42,8 +42,12 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """What all shards are told. `database`: a folder, a Redis URL, or empty for `examples`, the campaign's folder."""
+    """What all shards are told. `database`: a folder, a Redis URL, or empty for `examples`, the campaign's folder.
 
+    `gpus_per_rank` 0: ranks on the CPU.
+    """
+
+    gpus_per_rank: float = 0.0
     shrink_seconds: float = 60.0
     plants: tuple[str, ...] = ()
     known: bool = True

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.database import ExampleDatabase
 
-from fuzz import known
+from fuzz import device, known
 from fuzz import test_ep_ppo_props as properties
 from fuzz.case import HarnessFault, Violation
 from fuzz.deep import arms, database
@@ -48,6 +48,8 @@ Search = Callable[[Judging], None]
 
 def run(number: int, ledger: Ledger, told: Told) -> None:
     """Chunk after chunk until there is none. HarnessFault where several in a row could not be run."""
+    on_gpus = told.gpus_per_rank > 0
+    device.choose("cuda" if on_gpus else "cpu", _sharing(told.gpus_per_rank) if on_gpus else device.SHARED)
     start()
     plants = (*(known.mends() if told.known else ()), *told.plants)
     with closing(Trials(plants=plants)) as trials, TemporaryDirectory(prefix="fuzz-shard-") as private:
@@ -57,6 +59,11 @@ def run(number: int, ledger: Ledger, told: Told) -> None:
             shard=number, ledger=ledger, trials=trials, folder=folder, shrink_seconds=seconds, known=told.known
         )
         _loop(bench, examples)
+
+
+def _sharing(gpus_per_rank: float) -> int:
+    """How many ranks one GPU takes."""
+    return max(1, min(device.MOST_SHARED, int(1 / gpus_per_rank)))
 
 
 def _loop(bench: Bench, examples: ExampleDatabase) -> None:
