@@ -29,6 +29,10 @@ SINCE = {
     **dict.fromkeys(("switches.check_nan", "switches.count_zeros"), 4),
     **dict.fromkeys(("switches.recompute", "switches.recompute_layers", "switches.per_token"), 4),
     **dict.fromkeys(("ppo.embedding_lr", "ppo.coupled_decay", "ppo.qk_decay"), 4),
+    **dict.fromkeys(("model.activation", "model.gated", "model.clamp", "model.glu_offset", "model.biases"), 4),
+    **dict.fromkeys(("model.qk_norm", "model.output_gate", "model.sinks"), 4),
+    **dict.fromkeys(("switches.qk_scaling", "switches.fp32_residual", "switches.deterministic"), 4),
+    **dict.fromkeys(("switches.shared_overlap",), 4),
 }
 TUPLES = ("layout.stages", "model.dense")  # fields that are lists of ints
 MOST_CHARACTERS = 100_000

@@ -12,6 +12,7 @@ from fuzz.case import PRECISIONS, TWINS, Case
 from fuzz.space import DEGREES
 from toy_models import batching
 from toy_models.spec import (
+    ACTIVATIONS,
     DISPATCHERS,
     FAMILIES,
     FROZEN,
@@ -21,6 +22,7 @@ from toy_models.spec import (
     RAGGEDNESS,
     ROUTER_DTYPES,
     SCORES,
+    SINKS,
     SPLITS,
     Layout,
 )
@@ -174,6 +176,14 @@ DIMENSIONS: dict[str, Dimension] = {
     "expert groups": Dimension(("none", "idle", "limited"), _expert_groups),
     "router dtype": _one_of("switches.router_dtype", ROUTER_DTYPES),
     "query groups": _either("many", "fewer than tp", lambda case: case.model.kv_heads < case.layout.tp),
+    "activation": _one_of("model.activation", ACTIVATIONS),
+    "gated": _on("model.gated"),
+    "clamp": _on("model.clamp"),
+    "glu offset": _on("model.glu_offset"),
+    "qk norm": _on("model.has_qk_norm"),
+    "output gate": _on("model.output_gate"),
+    "sinks": _one_of("model.sinks", SINKS),
+    "biases": _on("model.biases"),
     "tied": _on("model.tied"),
     "skew": _on("model.skew"),
     "aux loss": _on("model.aux_loss"),
@@ -215,6 +225,10 @@ DIMENSIONS: dict[str, Dimension] = {
     "coupled decay": _on("ppo.coupled_decay"),
     "qk decay": _on("ppo.qk_decay"),
     "recompute": Dimension(("none", "full", "selective"), _recompute),  # each module would be forty rows more
+    "qk scaling": _on("switches.qk_scaling"),
+    "fp32 residual": _on("switches.fp32_residual"),
+    "deterministic": _on("switches.deterministic"),
+    "shared overlap": _on("switches.shared_overlap"),
     "precision": _one_of("precision", PRECISIONS),
     "twin": _one_of("twin", ("None", *TWINS)),
 }

@@ -201,6 +201,7 @@ def _bits(tensor: torch.Tensor) -> bytes:
 def step(progress: Callable[[str], None], case: Case, forced: Mapping[int, Mapping] | None = None) -> dict[str, Any]:
     """Run the program of a case on this rank. `forced`: iteration -> {(row, position): token} to put, not sample."""
     seen = Seen(progress)
+    torch.use_deterministic_algorithms(case.switches.deterministic)
     with precision.keep_float64(case.precision == "float64"):
         with seen.stage("groups"):
             groups = groups_of(case, seen)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 from fuzz.coverage import AIMED, ALL, DIMENSIONS, LAYOUT, Meeting, power_of_two, said, words
 from fuzz.space import all_layouts, worlds
+from toy_models.spec import SHARED
 
 Rule = tuple[tuple[str, ...], Callable[..., bool]]
 
@@ -91,6 +92,12 @@ RULES: tuple[Rule, ...] = (
     (("buckets", "overlap"), lambda buckets, overlap: buckets == "default" or overlap != "none"),
     (("bucket padding", "distributed"), lambda padding, distributed: padding == "off" or distributed == "on"),
     (("bucket padding", "buckets"), lambda padding, buckets: padding == "off" or buckets == "default"),
+    (("clamp", "gated"), lambda clamp, gated: clamp == "off" or gated == "on"),
+    (("glu offset", "gated"), lambda offset, gated: offset == "off" or gated == "on"),
+    (("biases", "family"), lambda biases, family: biases == "off" or family not in SHARED),
+    (("biases", "etp"), lambda biases, etp: biases == "off" or etp == "1"),
+    (("shared overlap", "family"), lambda overlap, family: overlap == "off" or family in SHARED),
+    (("shared overlap", "dispatcher"), lambda overlap, dispatcher: overlap == "off" or dispatcher == "alltoall"),
     (("p2p", "vpp"), lambda p2p, vpp: p2p not in ("overlapped", "flushed") or vpp != "1"),
 )
 RULED = tuple(dict.fromkeys((*LAYOUT, *(name for names, _ in RULES for name in names))))

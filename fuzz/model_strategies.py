@@ -57,7 +57,17 @@ def draw_model(draw: Draw, busy: int, layout: Layout, sizes: Mapping[str, Any], 
         z_loss=switched(draw, busy, "z_loss"),
         dense=dense,
         dense_ffn=dense_ffn if dense else 0,
+        **_layers(draw, busy, layout, chosen),
     )
+
+
+def _layers(draw: Draw, busy: int, layout: Layout, family: str) -> dict[str, Any]:
+    """What MLPs and attention are made of. Megatron has biases of experts that are not cut, and none of shared ones."""
+    names = ("activation", "gated", "clamp", "glu_offset", "qk_norm", "output_gate", "sinks", "biases")
+    drawn = {name: switched(draw, busy, name) for name in names}
+    if not drawn["gated"]:
+        drawn |= {"clamp": 0.0, "glu_offset": 0.0}
+    return drawn | {"biases": drawn["biases"] and layout.etp == 1 and family not in SHARED}
 
 
 def _dense(draw: Draw, busy: int, layers: int) -> tuple[int, ...]:

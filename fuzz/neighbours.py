@@ -241,6 +241,10 @@ def _fit_family(v: dict[str, Any]) -> None:
     v["top_k"] = max(1 + mixtral, min(v["top_k"], v["experts"]))
     v["norm_topk_prob"] = (mixtral or sigmoid or v["norm_topk_prob"]) and v["top_k"] > 1
     v["shared_ffn"] = (v["shared_ffn"] or 2 * v["tp"]) if v["family"] in SHARED else 0
+    v["biases"] = v["biases"] and v["etp"] == 1 and not v["shared_ffn"]
+    v["shared_overlap"] = v["shared_overlap"] and v["dispatcher"] == "alltoall" and v["shared_ffn"] > 0
+    v["shared_overlap"] = v["shared_overlap"] and v["recompute"] not in ("shared_experts", "all")
+    v["clamp"], v["glu_offset"] = (v["clamp"], v["glu_offset"]) if v["gated"] else (0.0, 0.0)
     v["expert_bias"] = v["expert_bias"] if sigmoid else 0.0
     v["bias_rate"] = v["bias_rate"] if v["expert_bias"] else 0.0
     v["pad_to_capacity"] = v["pad_to_capacity"] and 0 < v["capacity"] * v["top_k"] <= v["experts"]

@@ -90,13 +90,16 @@ def dispatch(actor: Role, layer: int, record: Record) -> tuple[dict[str, torch.T
     moe = actor.layers()[layer].mlp
     hidden, probs, routing_map = record.routes[layer][0]
     sent, echo = _stamped(actor.rank, hidden.shape, hidden.dtype, hidden.device), _Echo(actor.layout.etp)
-    kept = moe.router, moe.experts, moe.use_shared_expert
+    kept, dispatcher = (moe.router, moe.experts, moe.use_shared_expert), moe.token_dispatcher
+    overlapped = dispatcher.shared_experts
     moe.router, moe.experts, moe.use_shared_expert = _Chosen(probs, routing_map), echo, False
+    dispatcher.shared_experts = None
     try:
         with torch.no_grad():
             combined, _ = moe(sent.clone())
     finally:
         moe.router, moe.experts, moe.use_shared_expert = kept
+        dispatcher.shared_experts = overlapped
     flat = hidden.shape[-1]
     tensors = {"sent": sent.reshape(-1, flat), "combined": combined.reshape(-1, flat), "map": routing_map}
     tensors |= {"probs": probs, "arrived": echo.tokens, "counts": echo.counts, "copy_probs": echo.probs}

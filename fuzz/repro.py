@@ -66,6 +66,8 @@ def kind(case: Case, law: str) -> str:
         return ""
     if found != "dispatch" and _trained_otherwise(case):
         return ""
+    if not (model.plain_attention and model.plain_mlp) or case.switches.shared_overlap:
+        return ""
     if layout.world == 1 and (found == "gradients" or law == "routing is valid"):
         return "alone"
     return "" if long or (found == "dispatch" and (layout.order != Layout().order or model.dense)) else found

@@ -11,6 +11,8 @@ from typing import Any
 
 from fuzz.case import PRECISIONS
 from toy_models.spec import (
+    ACTIVATIONS,
+    AS_FAMILY,
     DISPATCHERS,
     FAMILIES,
     FROZEN,
@@ -22,6 +24,7 @@ from toy_models.spec import (
     RECOMPUTES,
     ROUTER_DTYPES,
     SCORES,
+    SINKS,
     Layout,
 )
 
@@ -57,6 +60,14 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "scaling": (1.0, 2.5, 0.4),
     "capacity": (0.0, 1.0, 0.5, 2.0, 8.0),
     "pad_to_capacity": (False, True),
+    "activation": ACTIVATIONS,
+    "gated": (True, False),
+    "clamp": (0.0, 0.5, 2.0),
+    "glu_offset": (0.0, 1.0, -0.25),
+    "qk_norm": AS_FAMILY,
+    "output_gate": (False, True),
+    "sinks": SINKS,
+    "biases": (False, True),
     "tied": (False, True),
     "temperature": (1.0, 0.7, 1.6),
     "gamma": (1.0, 0.9, 0.5),
@@ -98,6 +109,10 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "embedding_lr": (0.0, 0.01, 0.05),
     "coupled_decay": (False, True),
     "qk_decay": (False, True),
+    "qk_scaling": (False, True),
+    "fp32_residual": (False, True),
+    "deterministic": (False, True),
+    "shared_overlap": (False, True),
 }  # fmt: skip
 
 # Adam divides by its eps: in float32 rounding of 1e-7 over an eps of 1e-8 would move a weight by the whole rate, and

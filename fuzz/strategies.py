@@ -74,6 +74,9 @@ def _case(draw: Draw, bag: Sequence[int], degrees: dict[str, int], pins: dict[st
     layout, sizes["layers"] = draw_pipeline(draw, busy, layout, sizes["layers"])
     switches = _switches(draw, busy, layout, shape, pins["dispatcher"])
     model = draw_model(draw, busy, layout, sizes, pins["family"])
+    overlaps = switches.shared_overlap and switches.dispatcher == "alltoall" and model.shared_ffn > 0
+    overlaps = overlaps and switches.recompute not in ("shared_experts", "all")
+    switches = replace(switches, shared_overlap=overlaps)
     if model.capacity:
         shape["micro_rows"] = 1  # equal tokens at the head of two rows of a micro-batch would be a tie
     batch = _batch(draw, busy, layout, shape)
@@ -124,6 +127,10 @@ def _switches(draw: Draw, busy: int, layout: Layout, shape: dict[str, int], disp
         padding_mask=switched(draw, busy, "padding_mask"),
         groups=_groups(draw, busy, layout),
         router_dtype=switched(draw, busy, "router_dtype"),
+        qk_scaling=option(draw, busy),
+        fp32_residual=option(draw, busy),
+        deterministic=option(draw, busy),
+        shared_overlap=option(draw, busy),
     )
 
 

@@ -32,7 +32,8 @@ LAWS = Row(
 )
 REFERENCE = Row(
     "torch.* transformers.* toy_models.batching toy_models.spec toy_models.families toy_models.weights "
-    "toy_models.precision toy_models.reference_model toy_models.reference_rollout toy_models.reference_update "
+    "toy_models.precision toy_models.reference_model toy_models.reference_modules toy_models.reference_rollout "
+    "toy_models.reference_update "
     "toy_models.routing"
 )
 SYSTEM = Row(
@@ -150,7 +151,7 @@ TABLE = {
     "fuzz.neighbourhood": Row("fuzz.case fuzz.neighbours fuzz.order"),
     "fuzz.choices": Row("hypothesis.*"),
     "fuzz.coverage": Row("fuzz.case fuzz.space toy_models.batching toy_models.spec"),
-    "fuzz.meetings": Row("fuzz.coverage fuzz.space"),
+    "fuzz.meetings": Row("fuzz.coverage fuzz.space toy_models.spec"),
     "fuzz.rows": Row("fuzz.case fuzz.choices fuzz.coverage fuzz.meetings fuzz.space fuzz.strategies toy_models.spec"),
     "fuzz.draws": Row("fuzz.choices fuzz.space"),
     "fuzz.layout_strategies": Row("hypothesis.* fuzz.choices fuzz.draws fuzz.space toy_models.spec"),
@@ -208,7 +209,7 @@ TABLE = {
     "toy_models.families": Row("torch.* transformers.* toy_models.spec"),
     "toy_models.megatron": SYSTEM,
     "toy_models.megatron_config": Row(
-        "torch.* megatron.core.* toy_models.families toy_models.releases toy_models.spec toy_models.weights"
+        "torch.* megatron.core.* toy_models.families toy_models.releases toy_models.spec"
     ),
     "toy_models.megatron_modules": Row("torch.* torch.distributed.* megatron.core.* toy_models.attention"),
     "toy_models.planted.*": SYSTEM,
@@ -222,6 +223,7 @@ TABLE = {
     "toy_models.releases": Row("torch.* torch.distributed.* megatron.core.*"),
     "toy_models.reference": REFERENCE,
     "toy_models.reference_model": REFERENCE,
+    "toy_models.reference_modules": REFERENCE,
     "toy_models.reference_rollout": REFERENCE,
     "toy_models.reference_update": REFERENCE,
     "toy_models.reference_packing": REFERENCE,

@@ -22,7 +22,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from toy_models.spec import MoEModel
 
-_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)")
 Tensors = dict[str, torch.Tensor]
 
 
@@ -107,13 +107,20 @@ def to_hf(model: MoEModel, canonical: Mapping[str, torch.Tensor]) -> Tensors:
     """Canonical tensors -> state dict of the family's ForCausalLM class; `score.weight` passes through."""
     state = {_theirs(model, name): x for name, x in canonical.items() if not _EXPERT.fullmatch(name)}
     for layer in model.moe:
-        path = f"model.layers.{layer}.mlp.experts"
-        gate, up, down = (
-            torch.stack([canonical[f"{path}.{expert}.{kind}_proj.weight"] for expert in range(model.experts)])
-            for kind in ("gate", "up", "down")
-        )
-        state |= {f"{path}.gate_up_proj": torch.cat([gate, up], dim=1), f"{path}.down_proj": down}
+        for kind in ("weight", "bias")[: 1 + model.biases]:
+            state |= _fused(model, f"model.layers.{layer}.mlp.experts", kind, canonical)
     return state
+
+
+def _fused(model: MoEModel, path: str, kind: str, canonical: Mapping[str, torch.Tensor]) -> Tensors:
+    """All experts of a layer in one tensor, up behind gate where the experts have gates."""
+    parts = {
+        part: torch.stack([canonical[f"{path}.{expert}.{part}_proj.{kind}"] for expert in range(model.experts)])
+        for part in (("gate", "up", "down") if model.gated else ("up", "down"))
+    }
+    ups = torch.cat([parts[part] for part in ("gate", "up") if part in parts], dim=1)
+    end = "" if kind == "weight" else "_bias"
+    return {f"{path}.gate_up_proj{end}": ups, f"{path}.down_proj{end}": parts["down"]}
 
 
 def _theirs(model: MoEModel, name: str) -> str:
@@ -121,14 +128,15 @@ def _theirs(model: MoEModel, name: str) -> str:
 
 
 def _split_experts(model: MoEModel, name: str, tensor: torch.Tensor) -> Tensors:
-    path, kind = name.rsplit(".", 1)
-    if kind == "down_proj":
-        return {f"{path}.{expert}.down_proj.weight": tensor[expert].clone() for expert in range(model.experts)}
-    gate_up = {"gate": slice(model.ffn), "up": slice(model.ffn, None)}
+    path, last = name.rsplit(".", 1)
+    kind = "bias" if last.endswith("_bias") else "weight"
+    if last.startswith("down_proj"):
+        return {f"{path}.{expert}.down_proj.{kind}": tensor[expert].clone() for expert in range(model.experts)}
+    gate_up = {"gate": slice(model.ffn), "up": slice(model.ffn, None)} if model.gated else {"up": slice(None)}
     return {
-        f"{path}.{expert}.{kind}_proj.weight": tensor[expert, rows].clone()
+        f"{path}.{expert}.{part}_proj.{kind}": tensor[expert, rows].clone()
         for expert in range(model.experts)
-        for kind, rows in gate_up.items()
+        for part, rows in gate_up.items()
     }
 
 
@@ -136,7 +144,7 @@ def from_hf(model: MoEModel, named: Mapping[str, torch.Tensor]) -> Tensors:
     """The inverse of `to_hf`, for weights, gradients and moments; expert tensors are copies."""
     canonical: Tensors = {}
     for name, tensor in named.items():
-        fused = name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"))
+        fused = ".mlp.experts." in name
         ours = name.replace(".mlp.shared_experts.", ".mlp.shared_expert.")
         canonical |= _split_experts(model, name, tensor) if fused else {ours: tensor}
     return canonical

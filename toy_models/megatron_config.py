@@ -1,20 +1,25 @@
 """Model, layout and switches as megatron-core's TransformerConfig.
 
-Knows which option of megatron each field asks for; no process groups, no modules, no weights but which family has what.
+Knows which option of megatron each field asks for; no process groups, no modules, no weights.
 """
 
 from typing import Any
 
 import torch
+from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from toy_models import families, weights
+from toy_models import families
 from toy_models.releases import unless_usual
-from toy_models.spec import SELECTIVE, Layout, MoEModel, Switches
+from toy_models.spec import SELECTIVE, SHARED_GATE, Layout, MoEModel, Switches
 
 TRAINED = ("actor", "critic")
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu, "relu": torch.nn.functional.relu,
+    "squared_relu": squared_relu, "quick_gelu": quick_gelu,
+}  # fmt: skip
 
 
 def _balancing(model: MoEModel) -> dict[str, Any]:
@@ -52,9 +57,18 @@ def _options(model: MoEModel) -> dict[str, Any]:
         "moe_pad_expert_input_to_capacity": model.pad_to_capacity,
         "moe_z_loss_coeff": model.z_loss or None,
         "moe_shared_expert_intermediate_size": model.shared_ffn or None,
-        **unless_usual(moe_shared_expert_gate=(model.family in weights.SHARED_GATE, False)),  # since 0.16
-        "add_qkv_bias": model.family in weights.QKV_BIAS,
-        "qk_layernorm": model.family in weights.QK_NORM,
+        **unless_usual(moe_shared_expert_gate=(model.family in SHARED_GATE, False)),  # since 0.16
+        "add_bias_linear": model.biases,
+        "add_qkv_bias": model.has_qkv_bias,
+        "qk_layernorm": model.has_qk_norm,
+        "activation_func": ACTIVATIONS[model.activation],
+        "gated_linear_unit": model.gated,
+        **unless_usual(
+            attention_output_gate=(model.output_gate, False),
+            softmax_type=(model.sinks, "vanilla"),
+            activation_func_clamp_value=(model.clamp or None, None),
+            glu_linear_offset=(model.glu_offset, 0.0),
+        ),
         "layernorm_epsilon": families.rms_norm_eps(model.family),
     }
 
@@ -62,9 +76,6 @@ def _options(model: MoEModel) -> dict[str, Any]:
 # No dropout, no fusion (they need CUDA).
 FIXED: dict[str, Any] = {
     "normalization": "RMSNorm",
-    "gated_linear_unit": True,
-    "activation_func": torch.nn.functional.silu,
-    "add_bias_linear": False,
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
     "use_cpu_initialization": False,
@@ -121,7 +132,10 @@ def transformer_config(
         sequence_parallel=layout.tp > 1 and (switches.forward_sp or role in TRAINED),
         moe_token_dispatcher_type=switches.dispatcher,
         moe_router_dtype=None if switches.router_dtype == "none" else switches.router_dtype,
+        moe_shared_expert_overlap=switches.shared_overlap,
         perform_initialization=switches.perform_initialization,
+        apply_query_key_layer_scaling=switches.qk_scaling,
+        fp32_residual_connection=switches.fp32_residual,
         batch_p2p_comm=switches.p2p == "batched",
         overlap_p2p_comm=switches.p2p in ("overlapped", "flushed"),
         overlap_p2p_comm_warmup_flush=switches.p2p == "flushed",

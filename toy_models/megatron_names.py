@@ -14,6 +14,8 @@ from toy_models.spec import MoEModel
 
 _ATTENTION = {
     "linear_proj.weight": "self_attn.o_proj.weight",
+    "linear_proj.bias": "self_attn.o_proj.bias",
+    "core_attention.softmax_offset": "self_attn.sinks",
     "q_layernorm.weight": "self_attn.q_norm.weight",
     "k_layernorm.weight": "self_attn.k_norm.weight",
 }
@@ -23,12 +25,13 @@ _PLAIN = {
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "mlp.router.weight": "mlp.gate.weight",
+    "mlp.router.bias": "mlp.gate.bias",
     "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
     **{f"self_attention.{k}": v for k, v in _ATTENTION.items()},
 }
 
 _MLP = re.compile(
-    r"mlp\.((?P<shared>shared_experts)\.|experts\.local_experts\.(?P<expert>\d+)\.)?linear_fc(?P<fc>[12])\.weight"
+    r"mlp\.((?P<shared>shared_experts)\.|experts\.local_experts\.(?P<expert>\d+)\.)?linear_fc(?P<fc>[12])\.(?P<kind>weight|bias)"
 )
 
 
@@ -42,17 +45,19 @@ class Shard(NamedTuple):
     tp_rank: int
 
 
-def _halves(fc1: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
+def _halves(of: Shard, fc1: torch.Tensor, prefix: str, kind: str) -> dict[str, torch.Tensor]:
+    if not of.model.gated:
+        return {f"{prefix}.up_proj.{kind}": fc1}
     gate, up = fc1.chunk(2, dim=0)
-    return {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}
+    return {f"{prefix}.gate_proj.{kind}": gate, f"{prefix}.up_proj.{kind}": up}
 
 
 @cache
 def _rows(model: MoEModel, tp: int, tp_rank: int) -> dict[str, torch.Tensor]:
-    """Where the rows of q, k and v stand in the equal part of linear_qkv that a TP rank has."""
+    """Where the rows of q, g, k and v stand in the equal part of linear_qkv that a TP rank has."""
     packed = [x for x, _ in weights.packed_rows(model)]
     mine = packed[len(packed) * tp_rank // tp : len(packed) * (tp_rank + 1) // tp]
-    rows = {x: [i for i, held in enumerate(mine) if held == x] for x in "qkv"}
+    rows = {x: [i for i, held in enumerate(mine) if held == x] for x in "qgkv"}
     return {x: torch.tensor(at) for x, at in rows.items() if at}
 
 
@@ -71,7 +76,8 @@ def _unpack_in_layer(of: Shard, name: str, tensor: torch.Tensor) -> dict[str, to
     prefix = "mlp.shared_expert" if found["shared"] else "mlp"
     if found["expert"]:
         prefix = f"mlp.experts.{of.first_expert + int(found['expert'])}"
-    return _halves(tensor, prefix) if found["fc"] == "1" else {f"{prefix}.down_proj.weight": tensor}
+    kind = found["kind"]
+    return _halves(of, tensor, prefix, kind) if found["fc"] == "1" else {f"{prefix}.down_proj.{kind}": tensor}
 
 
 def unpack(of: Shard, role: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

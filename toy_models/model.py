@@ -10,7 +10,11 @@ from toy_models.checks import check_choice, check_counts, check_flags, check_rea
 FAMILIES = ("qwen3moe", "qwen2moe", "glm4moe", "mixtral")
 SHARED = ("qwen2moe", "glm4moe")  # have a shared expert
 OWN_HEAD_DIM = ("qwen3moe", "glm4moe")  # heads * head_dim need not be the hidden size
+QKV_BIAS, QK_NORM, SHARED_GATE = ("qwen2moe", "glm4moe"), ("qwen3moe", "glm4moe"), ("qwen2moe",)  # what has it
 SCORES = ("softmax", "sigmoid")
+ACTIVATIONS = ("silu", "gelu", "relu", "squared_relu", "quick_gelu")
+AS_FAMILY = ("family", "on", "off")
+SINKS = ("vanilla", "off-by-one", "learnable")
 
 
 def groupings(experts: int, top_k: int) -> list[tuple[int, int]]:
@@ -38,6 +42,11 @@ class MoEModel:
     The router, of any family: `score` is moe_router_score_function; `expert_bias` the spread of the biases that are
     loaded, 0 for none, and `bias_rate` how far they move per step; `scaling` moe_router_topk_scaling_factor;
     `expert_groups` and `group_topk` are moe_router_num_groups and moe_router_group_topk, 0 for none.
+
+    The layers, of any family: `activation` is that of all MLPs, of experts too, `gated` whether it gates (of another
+    half of linear_fc1, clamped to `clamp`, 0 for not at all, and moved by `glu_offset`). `qk_norm` is qk_layernorm, as
+    the family has it or not; `output_gate` attention_output_gate; `sinks` softmax_type. `biases` is add_bias_linear: of
+    all linear layers, experts' and the router's too.
     """
 
     family: str = "qwen3moe"
@@ -68,6 +77,14 @@ class MoEModel:
     global_aux_loss: float = 0.0
     capacity: float = 0.0
     pad_to_capacity: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    clamp: float = 0.0
+    glu_offset: float = 0.0
+    qk_norm: str = "family"
+    output_gate: bool = False
+    sinks: str = "vanilla"
+    biases: bool = False
 
     def __post_init__(self) -> None:
         check_choice(self, family=FAMILIES, score=SCORES)
@@ -108,6 +125,16 @@ class MoEModel:
         )
         self._check_dense()
         self._check_router()
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        check_choice(self, activation=ACTIVATIONS, qk_norm=AS_FAMILY, sinks=SINKS)
+        check_flags(self, "gated", "output_gate", "biases")
+        check_reals(self, clamp=(0, 1e3), glu_offset=(-1e3, 1e3))
+        said = f"clamp={self.clamp}, glu_offset={self.glu_offset} need a gated activation, but gated={self.gated}"
+        require(self.gated or not (self.clamp or self.glu_offset), said)
+        said = f"biases=True with shared_ffn={self.shared_ffn}: megatron-core's shared expert has no biases"
+        require(not (self.biases and self.shared_ffn), said)
 
     def _check_router(self) -> None:
         check_reals(self, expert_bias=(0, 100), bias_rate=(0, 100), scaling=(1e-3, 1e3))
@@ -148,6 +175,28 @@ class MoEModel:
         """Whether the router is the plain softmax one that all families have had from the start."""
         options = (self.score, self.expert_bias, self.scaling, self.group_topk, self.capacity)
         return options == ("softmax", 0.0, 1.0, 0, 0.0)
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have a bias."""
+        return self.biases or self.family in QKV_BIAS
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether queries and keys are normalised."""
+        return self.family in QK_NORM if self.qk_norm == "family" else self.qk_norm == "on"
+
+    @property
+    def plain_attention(self) -> bool:
+        """Whether attention is what the family has."""
+        usual = self.has_qk_norm == (self.family in QK_NORM)
+        return usual and (self.output_gate, self.sinks, self.biases) == (False, "vanilla", False)
+
+    @property
+    def plain_mlp(self) -> bool:
+        """Whether MLPs, experts too, are what all families have: a gated SiLU without biases."""
+        options = (self.activation, self.gated, self.clamp, self.glu_offset, self.biases)
+        return options == ("silu", True, 0.0, 0.0, False)
 
     def _check_dense(self) -> None:
         listed = isinstance(self.dense, tuple) and all(type(i) is int and 0 <= i < self.layers for i in self.dense)

@@ -18,6 +18,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMLP, Glm4MoeMo
 from toy_models import families, routing, weights
 from toy_models.batching import uniform
 from toy_models.families import Tensors
+from toy_models.reference_modules import MLP, Attention, Experts, Router, choosing_bias
 from toy_models.spec import MoEModel
 
 
@@ -35,30 +36,6 @@ class Routing(NamedTuple):
     dropped: torch.Tensor | None = None  # [N, K], the copies that experts had no room for
 
 
-class Router(torch.nn.Module):
-    """The router of `docs/ppo.md` in the place of a family's own, where that knows less."""
-
-    def __init__(self, model: MoEModel) -> None:
-        super().__init__()
-        self.model = model
-        self.weight = torch.nn.Parameter(torch.empty(model.experts, model.hidden))
-        self.shards: list[torch.Tensor] = []  # of the forward pass to come, where experts have a capacity
-        self.drops = torch.zeros(0, 0), float("inf")
-
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logits = hidden.reshape(-1, self.model.hidden) @ self.weight.T
-        experts = routing.choose(self.model, logits, _bias(self)).experts
-        gates = routing.gates(self.model, logits, experts)
-        if self.model.capacity:
-            self.drops = routing.dropped(self.model, gates, experts, self.shards)
-            gates = gates.masked_fill(self.drops[0], 0.0)
-        return logits, gates, experts
-
-
-def _bias(gate: torch.nn.Module) -> torch.Tensor | None:
-    return getattr(gate, "e_score_correction_bias", None)
-
-
 class Pass(NamedTuple):
     """One forward pass: token logits [B, W, V] or values [B, W], and the routing of each layer that has experts."""
 
@@ -74,8 +51,7 @@ def _backbone(model: MoEModel) -> tuple[PreTrainedModel, list[Routing]]:
         module = AutoModel.from_config(families.hf_config(model)).eval()
         if model.family == "glm4moe":
             _as_asked(module, model)
-        for layer in (module.layers[i] for i in model.moe):
-            layer.mlp.gate = layer.mlp.gate if _knows(model) else Router(model)
+        _put_in(module, model)
     module.rotary_emb.inv_freq = module.rotary_emb.original_inv_freq = families.frequencies(model)
     seen: list[Routing] = []
     for layer in (module.layers[i] for i in model.moe):
@@ -94,8 +70,24 @@ def _as_asked(module: PreTrainedModel, model: MoEModel) -> None:
             layer.mlp.shared_experts = Glm4MoeMLP(module.config, model.shared_ffn)
 
 
+def _put_in(module: PreTrainedModel, model: MoEModel) -> None:
+    """Modules of our own where those of the family are not what the model asks for."""
+    for i, layer in enumerate(module.layers):
+        layer.self_attn = layer.self_attn if model.plain_attention else Attention(model)
+        if i in model.moe:
+            layer.mlp.gate = layer.mlp.gate if _knows(model) else Router(model)
+            layer.mlp.experts = layer.mlp.experts if model.plain_mlp else Experts(model)
+        elif not model.plain_mlp:
+            layer.mlp = MLP(model, model.dense_ffn)
+        name = "shared_experts" if model.family == "glm4moe" else "shared_expert"
+        if i in model.moe and model.shared_ffn and not model.plain_mlp:
+            setattr(layer.mlp, name, MLP(model, model.shared_ffn))
+
+
 def _knows(model: MoEModel) -> bool:
     """Whether the family's own router is that of the model: GLM-4-MoE judges a group by two experts."""
+    if model.biases:
+        return False
     if model.family != "glm4moe" or model.capacity:
         return model.plain_router
     two = not model.group_topk or model.top_k // model.group_topk == 2
@@ -106,7 +98,7 @@ def _routing(model: MoEModel, gate: torch.nn.Module, out: tuple[torch.Tensor, ..
     logits, _, experts = out
     if model.plain_router:
         return Routing(logits, experts)
-    margin = routing.choose(model, logits, _bias(gate)).margin
+    margin = routing.choose(model, logits, choosing_bias(gate)).margin
     gone, nearest = gate.drops if isinstance(gate, Router) and model.capacity else (None, float("inf"))
     margin = margin.clamp(max=nearest)
     return Routing(logits, experts, margin, routing.counted(model, logits) if model.load_losses else None, gone)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from toy_models.families import Tensors
+from toy_models.reference_modules import activated
 from toy_models.spec import MoEModel
 
 KINDS = ("forward", "backward")  # a module's output, and the gradient with respect to it
@@ -22,7 +23,8 @@ def dense_layer(model: MoEModel, seen: Kinds) -> Kinds:
     """All modules of a layer without experts; linear_fc1 has the gate's features first."""
     found = {kind: _attention(model, seen[kind]) for kind in KINDS}
     for kind in KINDS:
-        found[kind]["mlp.linear_fc1"] = torch.cat([seen[kind]["gate"], seen[kind]["up"]], -1)
+        halves = [seen[kind][name] for name in ("gate", "up") if name in seen[kind]]
+        found[kind]["mlp.linear_fc1"] = torch.cat(halves, -1)
         found[kind] |= {name: seen[kind][name] for name in PLAIN}
     return found
 
@@ -33,7 +35,7 @@ def layer(model: MoEModel, seen: Kinds, chosen: torch.Tensor, experts: Tensors, 
     What happens per copy of a token (token_dispatcher, linear_fc1, linear_fc2) is [R, W, K, P, ...]: each part has its
     share of the expert's width, as expert tensor parallelism cuts it.
     """
-    copies = _copies(seen, chosen, experts, parts)
+    copies = _copies(model, seen, chosen, experts, parts)
     found = {kind: _attention(model, seen[kind]) | copies[kind] for kind in KINDS}
     for kind in KINDS:
         gates = seen[kind]["gates"]
@@ -49,12 +51,12 @@ def layer(model: MoEModel, seen: Kinds, chosen: torch.Tensor, experts: Tensors, 
 
 def _attention(model: MoEModel, seen: Mapping[str, torch.Tensor]) -> Tensors:
     """linear_qkv has, per query group, its query heads, one key head and one value head."""
-    groups = [seen[x].unflatten(-1, (model.kv_heads, -1)) for x in "qkv"]
+    groups = [seen[x].unflatten(-1, (model.kv_heads, -1)) for x in ("qgkv" if model.output_gate else "qkv")]
     found = {name: tensor for name, tensor in seen.items() if name.startswith("self_attention")}
     return found | {"self_attention.linear_qkv": torch.cat(groups, dim=-1).flatten(-2)}
 
 
-def _copies(seen: Kinds, chosen: torch.Tensor, experts: Tensors, parts: int) -> Kinds:
+def _copies(model: MoEModel, seen: Kinds, chosen: torch.Tensor, experts: Tensors, parts: int) -> Kinds:
     """What is sent to each part of each chosen expert (hidden state, then gate) and what comes of it.
 
     The gate is applied between the two matrices, as megatron does; the sum over parts and copies is the layer's output.
@@ -62,11 +64,12 @@ def _copies(seen: Kinds, chosen: torch.Tensor, experts: Tensors, parts: int) -> 
     shape = (*chosen.shape, parts, -1)
     hidden = seen["forward"]["dispatched"][:, :, None, None].expand(shape).clone().requires_grad_()
     gates = seen["forward"]["gates"][..., None, None].expand(shape).clone().requires_grad_()
-    up, down = _cut(experts, parts)
+    up, down = _cut(model, experts, parts)
     with torch.enable_grad():
         fc1 = _by_expert(hidden, up, chosen)
-        left, right = fc1.chunk(2, dim=-1)
-        fc2 = _by_expert(torch.nn.functional.silu(left) * right * gates, down, chosen)
+        fc1 = fc1 + experts["gate_up_proj_bias"].detach()[chosen][..., None, :] if model.biases else fc1
+        fc2 = _by_expert(activated(model, fc1) * gates, down, chosen)
+        fc2 = fc2 + experts["down_proj_bias"].detach()[chosen][..., None, :] * gates[..., :1] if model.biases else fc2
     back = seen["backward"]["experts"][:, :, None, None].expand_as(fc2)
     grads = torch.autograd.grad(fc2, [hidden, gates, fc1], back)
     forward = (torch.cat([hidden, gates], -1).detach(), fc1.detach(), fc2.detach())
@@ -75,10 +78,12 @@ def _copies(seen: Kinds, chosen: torch.Tensor, experts: Tensors, parts: int) -> 
     return {kind: dict(zip(names, tensors, strict=True)) for kind, tensors in zip(KINDS, found, strict=True)}
 
 
-def _cut(experts: Tensors, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _cut(model: MoEModel, experts: Tensors, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[E, P, 2F/P, H], in each part the gate's rows first, and [E, P, H, F/P]."""
     up, down = experts["gate_up_proj"].detach(), experts["down_proj"].detach()
-    return up.unflatten(1, (2, parts, -1)).transpose(1, 2).flatten(2, 3), down.unflatten(2, (parts, -1)).transpose(1, 2)
+    return up.unflatten(1, (1 + model.gated, parts, -1)).transpose(1, 2).flatten(2, 3), down.unflatten(
+        2, (parts, -1)
+    ).transpose(1, 2)
 
 
 def _by_expert(x: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

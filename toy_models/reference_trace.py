@@ -32,6 +32,7 @@ _IN_LAYER = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
+    "g": "self_attn.g_proj",
     "pre_mlp_layernorm": "post_attention_layernorm",
     "gate": "mlp.gate_proj",
     "up": "mlp.up_proj",

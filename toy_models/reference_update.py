@@ -189,7 +189,7 @@ def step(ppo: PPO, model: Trained, grads: Tensors) -> None:
 def _decay(ppo: PPO, name: str, weight: torch.Tensor) -> float:
     if ppo.qk_decay and name.endswith((".q_norm.weight", ".k_norm.weight")):
         return ppo.weight_decay
-    return 0.0 if weight.dim() == 1 or name.endswith(".bias") else ppo.weight_decay
+    return 0.0 if weight.dim() == 1 or name.endswith("bias") else ppo.weight_decay
 
 
 def _rate(ppo: PPO, model: Trained, name: str) -> float:

@@ -14,10 +14,14 @@ from toy_models.checks import check_choice, check_counts, check_flags, check_rea
 from toy_models.layout import AXES as AXES
 from toy_models.layout import SPLITS as SPLITS
 from toy_models.layout import Layout as Layout
+from toy_models.model import ACTIVATIONS as ACTIVATIONS
+from toy_models.model import AS_FAMILY as AS_FAMILY
 from toy_models.model import FAMILIES as FAMILIES
 from toy_models.model import OWN_HEAD_DIM as OWN_HEAD_DIM
 from toy_models.model import SCORES as SCORES
 from toy_models.model import SHARED as SHARED
+from toy_models.model import SHARED_GATE as SHARED_GATE
+from toy_models.model import SINKS as SINKS
 from toy_models.model import MoEModel as MoEModel
 from toy_models.model import groupings as groupings
 
@@ -127,7 +131,9 @@ class Switches:
     not `forward_sp`, reference and reward model run without sequence parallelism. `decoder_input` hands the embedded
     tokens to the actor and the critic. `padding_mask` is that of GPTModel.forward; one that marks padding matters for
     balance losses. `groups`: megatron takes its process groups from parallel_state; or is handed them; or is handed
-    them while parallel_state has those of another layout, with the same TP. `router_dtype` is moe_router_dtype.
+    them while parallel_state has those of another layout, with the same TP. `router_dtype` is moe_router_dtype,
+    `qk_scaling` apply_query_key_layer_scaling, `fp32_residual` fp32_residual_connection, `deterministic` whether torch
+    is asked for deterministic algorithms; `shared_overlap` is moe_shared_expert_overlap.
 
     How gradients are reduced: `distributed` is use_distributed_optimizer (of Adam only); `overlap_reduce`
     overlap_grad_reduce, `overlap_gather` overlap_param_gather, `align` align_grad_reduce and align_param_gather of
@@ -161,12 +167,17 @@ class Switches:
     recompute: str = "none"
     recompute_layers: int = 0
     per_token: bool = False
+    qk_scaling: bool = False
+    fp32_residual: bool = False
+    deterministic: bool = False
+    shared_overlap: bool = False
 
     def __post_init__(self) -> None:
         check_choice(self, dispatcher=DISPATCHERS, p2p=PIPES, padding_mask=MASKS, groups=GROUPS)
         check_choice(self, router_dtype=ROUTER_DTYPES)
         check_counts(self, group=0, bucket=0)
         check_flags(self, "perform_initialization", "deallocate", "forward_sp", "decoder_input")
+        check_flags(self, "qk_scaling", "fp32_residual", "deterministic", "shared_overlap")
         self._check_reduction()
         check_choice(self, recompute=RECOMPUTES)
         check_counts(self, recompute_layers=0)
@@ -213,6 +224,12 @@ def check_together(layout: Layout, model: MoEModel, batch: Batch, ppo: PPO, swit
         f"{ppo.mini_batches}*{layout.dp}*{batch.micro_rows}={cut}",
     )
     _check_stages(layout, model)
+    require(not model.biases or layout.etp == 1, f"biases=True needs etp=1, but etp={layout.etp}")
+    overlaps = model.shared_ffn > 0 and switches.dispatcher == "alltoall"
+    overlaps = overlaps and switches.recompute not in ("shared_experts", "all")
+    said = f"dispatcher={switches.dispatcher!r}, shared_ffn={model.shared_ffn}, recompute={switches.recompute!r}"
+    said = f"shared_overlap=True needs alltoall, and a shared expert that is not recomputed: {said}"
+    require(overlaps or not switches.shared_overlap, said)
     same = switches.groups != "other" or layout.tp == 1 or layout.order.startswith("tp-")
     require(same, f"groups='other' needs the same TP groups: tp={layout.tp} first in order={layout.order!r}")
     _check_schedule(layout, switches, batch.rows // cut)

@@ -12,9 +12,8 @@ import torch
 
 from toy_models.batching import uniform
 from toy_models.coordinates import coordinates, is_first, is_last, layers_on
-from toy_models.spec import Layout, MoEModel
+from toy_models.spec import SHARED_GATE, Layout, MoEModel
 
-QKV_BIAS, QK_NORM, SHARED_GATE = ("qwen2moe", "glm4moe"), ("qwen3moe", "glm4moe"), ("qwen2moe",)  # what has it
 ROLES = ("actor", "critic", "reference", "reward")
 Shape = tuple[int, ...]
 Slices = tuple[slice, ...]
@@ -27,18 +26,26 @@ def has_token_head(role: str) -> bool:
 
 def _attention_shapes(model: MoEModel) -> dict[str, Shape]:
     queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    sizes = {"q": queries, "k": keys, "v": keys}
+    sizes = {"q": queries, "k": keys, "v": keys} | ({"g": queries} if model.output_gate else {})
     shapes: dict[str, Shape] = {f"{x}_proj.weight": (size, model.hidden) for x, size in sizes.items()}
-    if model.family in QKV_BIAS:
+    if model.has_qkv_bias:
         shapes |= {f"{x}_proj.bias": (size,) for x, size in sizes.items()}
-    if model.family in QK_NORM:
+    if model.has_qk_norm:
         shapes |= {"q_norm.weight": (model.head_dim,), "k_norm.weight": (model.head_dim,)}
-    return shapes | {"o_proj.weight": (model.hidden, queries)}
+    if model.sinks == "learnable":
+        shapes |= {"sinks": (model.heads,)}
+    return shapes | {"o_proj.weight": (model.hidden, queries)} | _bias(model, {"o_proj": model.hidden})
+
+
+def _bias(model: MoEModel, sizes: Mapping[str, int]) -> dict[str, Shape]:
+    return {f"{name}.bias": (size,) for name, size in sizes.items()} if model.biases else {}
 
 
 def _mlp_shapes(model: MoEModel, width: int) -> dict[str, Shape]:
-    up, down = (width, model.hidden), (model.hidden, width)
-    return {"gate_proj.weight": up, "up_proj.weight": up, "down_proj.weight": down}
+    ups = ("gate_proj", "up_proj") if model.gated else ("up_proj",)
+    shapes: dict[str, Shape] = {f"{name}.weight": (width, model.hidden) for name in ups}
+    shapes |= {"down_proj.weight": (model.hidden, width)}
+    return shapes | _bias(model, dict.fromkeys(ups, width) | {"down_proj": model.hidden})
 
 
 def _layer_shapes(model: MoEModel, layer: int) -> dict[str, Shape]:
@@ -47,7 +54,7 @@ def _layer_shapes(model: MoEModel, layer: int) -> dict[str, Shape]:
     shapes |= {f"self_attn.{name}": shape for name, shape in _attention_shapes(model).items()}
     if layer in model.dense:
         return shapes | {f"mlp.{k}": v for k, v in _mlp_shapes(model, model.dense_ffn).items()}
-    shapes |= {"mlp.gate.weight": (model.experts, model.hidden)}
+    shapes |= {"mlp.gate.weight": (model.experts, model.hidden)} | _bias(model, {"mlp.gate": model.experts})
     for expert in range(model.experts):
         shapes |= {f"mlp.experts.{expert}.{k}": v for k, v in _mlp_shapes(model, model.ffn).items()}
     if model.shared_ffn:
@@ -109,7 +116,11 @@ def _steps(seed: int, role: str, name: str, number: int) -> torch.Tensor:
 
 
 ROW_PARALLEL = ("o_proj.weight", "down_proj.weight")  # cut along the input, axis 1
-COLUMN_PARALLEL = ("embed_tokens.weight", "lm_head.weight", "gate_proj.weight", "up_proj.weight")  # along axis 0
+# along axis 0
+COLUMN_PARALLEL = (
+    "embed_tokens.weight", "lm_head.weight", "gate_proj.weight", "up_proj.weight", "gate_proj.bias", "up_proj.bias",
+    "sinks",
+)  # fmt: skip
 FIRST, LAST = ("model.embed_tokens.weight",), ("model.norm.weight", "score.weight", "lm_head.weight")
 
 
@@ -137,23 +148,24 @@ def layer_of(name: str) -> int | None:
 
 
 def packed_rows(model: MoEModel) -> list[tuple[str, int]]:
-    """What stands in each row of megatron's linear_qkv: q, k or v, and the row of its canonical tensor.
+    """What stands in each row of megatron's linear_qkv: q, g, k or v, and the row of its canonical tensor.
 
-    Per query group: its query heads, then one key head, then one value head.
+    Per query group: its query heads, as many gates of outputs where there are some, one key head, one value head.
     """
     size, per_group, rows = model.head_dim, model.heads // model.kv_heads, []
     for group in range(model.kv_heads):
-        rows += [("q", group * per_group * size + i) for i in range(per_group * size)]
+        for x in "qg" if model.output_gate else "q":
+            rows += [(x, group * per_group * size + i) for i in range(per_group * size)]
         rows += [(x, group * size + i) for x in "kv" for i in range(size)]
     return rows
 
 
 @cache
 def qkv_shard(model: MoEModel, tp: int, tp_rank: int) -> Mapping[str, slice]:
-    """The rows of q, k and v that a TP rank holds: linear_qkv is cut equally, through a query group if need be."""
+    """The rows of q, g, k and v that a TP rank holds: linear_qkv is cut equally, through a query group if need be."""
     packed = packed_rows(model)
     mine = packed[len(packed) * tp_rank // tp : len(packed) * (tp_rank + 1) // tp]
-    rows = {x: [row for kind, row in mine if kind == x] for x in "qkv"}
+    rows = {x: [row for kind, row in mine if kind == x] for x in "qgkv"}
     return {x: slice(min(found), max(found) + 1) for x, found in rows.items() if found}
 
 
@@ -179,7 +191,7 @@ def _on_stage(model: MoEModel, layout: Layout, rank: int, name: str) -> bool:
 def _slices(model: MoEModel, layout: Layout, rank: int, name: str, shape: Shape) -> Slices | None:
     """Which part of a tensor of its stage a rank holds; None where it is another rank's expert or has no such row."""
     at, expert = coordinates(layout, rank), expert_of(name)
-    if ".self_attn." in name and name.split(".")[-2] in ("q_proj", "k_proj", "v_proj"):
+    if ".self_attn." in name and name.split(".")[-2] in ("q_proj", "g_proj", "k_proj", "v_proj"):
         rows = qkv_shard(model, layout.tp, at.tp).get(name.split(".")[-2][0])
         return None if rows is None else (rows, *(slice(0, size) for size in shape[1:]))
     if expert is None:

@@ -111,15 +111,20 @@ def combine_of_dispatch_is_the_sum_of_probabilities(
 
 
 class _Router(NamedTuple):
-    """What a router has learned: `weight` [E, H] and, where there is one, the `bias` [E] that it chooses by."""
+    """What a router has learned: `weight` [E, H], what it adds to logits [E], and the `bias` [E] that it chooses by.
+
+    None where there is none.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    added: torch.Tensor | None = None
 
 
 def _formula(case: Case, hidden: torch.Tensor, router: _Router) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gates [tokens, E], zero where not chosen; which are chosen; the margin [tokens] of the nearest choice."""
     logits = hidden.double() @ router.weight.t()
+    logits = logits if router.added is None else logits + router.added
     if case.model.plain_router:
         return _plain(case, logits)
     choice = routing.choose(case.model, logits, router.bias)
@@ -175,6 +180,10 @@ def _kept(
     return gates.masked_fill(lost, 0.0), chosen & ~lost, margin.clamp(max=nearest)
 
 
+def _as_loaded(case: Case, weight: torch.Tensor | None) -> torch.Tensor | None:
+    return weight if weight is None or case.precision == "float64" else weight.float().double()
+
+
 def routing_is_valid(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
     """From each router's observed input: the top_k experts of the greatest scores, gates as the score function says;
     of each expert no more copies than it has room for, those of the greatest gates.
@@ -186,9 +195,10 @@ def routing_is_valid(case: Case, ranks: Sequence[Observation], reference: Observ
         if i > 0:
             break  # later iterations route with updated weights, judged against the reference
         for layer in case.model.moe:
-            weight = learned[f"model.layers.{layer}.mlp.gate.weight"]
-            weight = weight if case.precision == "float64" else weight.float().double()
-            router = _Router(weight, biases.get(f"model.layers.{layer}.mlp.gate.e_score_correction_bias"))
+            gate = f"model.layers.{layer}.mlp.gate"
+            weight, added = (_as_loaded(case, learned.get(f"{gate}.{kind}")) for kind in ("weight", "bias"))
+            assert weight is not None
+            router = _Router(weight, biases.get(f"{gate}.e_score_correction_bias"), added)
             for rank in (r for r in ranks if layer in layers_on(case.layout, case.model.layers, r.rank)):
                 found = _misrouted(case, rank, f"{i}/route/{layer}", router)
                 if found:
