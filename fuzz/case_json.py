@@ -15,7 +15,7 @@ from fuzz import memory
 from fuzz.case import MOST_OPERATIONS, Case, Operation, Rollout, Update
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
-SCHEMA = 4
+SCHEMA = 5
 # "part.field" -> the schema that added it; every other field is of schema 1
 SINCE = {
     **dict.fromkeys(("layout.order", "layout.split", "layout.stages", "model.dense", "model.dense_ffn"), 2),
@@ -29,10 +29,10 @@ SINCE = {
     **dict.fromkeys(("switches.check_nan", "switches.count_zeros"), 4),
     **dict.fromkeys(("switches.recompute", "switches.recompute_layers", "switches.per_token"), 4),
     **dict.fromkeys(("ppo.embedding_lr", "ppo.coupled_decay", "ppo.qk_decay"), 4),
-    **dict.fromkeys(("model.activation", "model.gated", "model.clamp", "model.glu_offset", "model.biases"), 4),
-    **dict.fromkeys(("model.qk_norm", "model.output_gate", "model.sinks"), 4),
-    **dict.fromkeys(("switches.qk_scaling", "switches.fp32_residual", "switches.deterministic"), 4),
-    **dict.fromkeys(("switches.shared_overlap",), 4),
+    **dict.fromkeys(("model.activation", "model.gated", "model.clamp", "model.glu_offset", "model.biases"), 5),
+    **dict.fromkeys(("model.qk_norm", "model.output_gate", "model.sinks"), 5),
+    **dict.fromkeys(("switches.qk_scaling", "switches.fp32_residual", "switches.deterministic"), 5),
+    **dict.fromkeys(("switches.shared_overlap",), 5),
 }
 TUPLES = ("layout.stages", "model.dense")  # fields that are lists of ints
 MOST_CHARACTERS = 100_000

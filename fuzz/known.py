@@ -7,7 +7,7 @@ stock megatron-core its example must break its law (`test_known_bugs_still_live`
 from functools import lru_cache
 from importlib import metadata
 
-from fuzz import known_recomputation
+from fuzz import known_layers, known_recomputation
 from fuzz.case import Case, twin_of
 from fuzz.known_bug import Known as Known
 from toy_models.coordinates import groups
@@ -186,6 +186,7 @@ KNOWN = (
         ),
     ),
     *known_recomputation.KNOWN,
+    *known_layers.KNOWN,
 )
 
 

@@ -111,8 +111,11 @@ TABLE = {
     ),
     "fuzz.refusals": Row("fuzz.broken fuzz.case fuzz.known_refusals fuzz.laws.* fuzz.trial"),
     "fuzz.known_refusals": Row("fuzz.broken fuzz.case fuzz.known toy_models.spec"),
-    "fuzz.known": Row("fuzz.case fuzz.known_bug fuzz.known_recomputation toy_models.coordinates toy_models.spec"),
+    "fuzz.known": Row(
+        "fuzz.case fuzz.known_bug fuzz.known_layers fuzz.known_recomputation toy_models.coordinates toy_models.spec"
+    ),
     "fuzz.known_bug": Row("fuzz.case"),
+    "fuzz.known_layers": Row("fuzz.case fuzz.known_bug toy_models.spec"),
     "fuzz.known_recomputation": Row("fuzz.case fuzz.known_bug toy_models.coordinates toy_models.spec"),
     "fuzz.laws.*": LAWS,
     "fuzz.probe": Row("torch.* toy_models.megatron"),

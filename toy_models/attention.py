@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from toy_models.batching import chunk_positions
@@ -27,6 +28,7 @@ class ContextParallelAttention(torch.nn.Module):
         self.sinks, self.softmax_offset = config.softmax_type != "vanilla", torch.zeros(heads, dtype=dtype)
         if config.softmax_type == "learnable":
             self.softmax_offset = torch.nn.Parameter(self.softmax_offset)
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         width, device = len(query) * self.cp, query.device

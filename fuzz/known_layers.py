@@ -1,0 +1,66 @@
+"""Known bugs of biases, gates, sinks and shared experts; a part of `fuzz.known`. Knows cases; no torch, no ranks."""
+
+from fuzz.case import Case
+from fuzz.known_bug import Known
+from toy_models.spec import Batch, Layout, MoEModel, Switches
+
+MENDS = "toy_models.planted.mends_of_layers"
+BATCH, CUT = Batch(rows=2, prompt=4, response=2), Layout(world=2, tp=2, ep=2)
+SHARED = {"family": "qwen2moe", "hidden": 8, "heads": 2, "kv_heads": 2, "shared_ffn": 4}
+
+KNOWN = (
+    Known(
+        id="biases-of-whole-experts",
+        upstream="docs/findings/biases-of-experts.md",
+        lives=("0.16.1",),
+        # An expert that is not cut adds its bias, in place, to what a reduction over one rank returned as it was.
+        covers=lambda case: case.model.biases and case.layout.ep == 1,
+        law="every rank finishes",
+        mend=f"{MENDS}:biases_added_out_of_place",
+        example=Case(model=MoEModel(biases=True), batch=BATCH),
+    ),
+    Known(
+        id="biases-of-other-experts",
+        upstream="docs/findings/biases-of-experts.md",
+        lives=("0.16.1",),
+        # An expert's second bias is marked as sequence parallel: its gradient is summed over TP, with other experts'.
+        covers=lambda case: case.model.biases and case.layout.tp > 1,
+        law="gradients match the reference",
+        mend=f"{MENDS}:biases_of_experts_stay_apart",
+        example=Case(layout=CUT, model=MoEModel(heads=2, kv_heads=2, biases=True), batch=BATCH),
+    ),
+    Known(
+        id="overlapped-experts-without-clamp",
+        upstream="docs/findings/shared-expert-overlap.md",
+        lives=("0.16.1",),
+        # The overlapped forward pass has a gated activation of its own, which knows no clamp and no offset.
+        covers=lambda case: case.switches.shared_overlap and bool(case.model.clamp or case.model.glu_offset),
+        law="logits match the reference",
+        mend=f"{MENDS}:overlapped_experts_are_clamped",
+        example=Case(
+            model=MoEModel(**SHARED, glu_offset=1.0),  # type: ignore[arg-type]
+            batch=BATCH,
+            switches=Switches(shared_overlap=True),
+        ),
+    ),
+    Known(
+        id="gates-of-other-heads",
+        upstream="docs/findings/attention-gates-and-sinks.md",
+        lives=("0.16.1",),
+        # With fewer query groups than TP ranks a rank picks its own queries of a group, and all of the group's gates.
+        covers=lambda case: case.model.output_gate and case.model.kv_heads < case.layout.tp,
+        law="every rank finishes",
+        mend=f"{MENDS}:gates_of_own_heads",
+        example=Case(layout=CUT, model=MoEModel(heads=2, kv_heads=1, output_gate=True), batch=BATCH),
+    ),
+    Known(
+        id="norm-without-sinks",
+        upstream="docs/findings/attention-gates-and-sinks.md",
+        lives=("0.16.1",),
+        # Sinks are cut over TP and not marked so: the norm counts those of the first TP rank.
+        covers=lambda case: case.model.sinks == "learnable" and case.layout.tp > 1 and case.layout.cp == 1,
+        law="gradient norm is that of the observed gradients",
+        mend=f"{MENDS}:sinks_counted_on_every_rank",
+        example=Case(layout=CUT, model=MoEModel(heads=2, kv_heads=2, sinks="learnable"), batch=BATCH),
+    ),
+)
