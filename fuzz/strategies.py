@@ -75,8 +75,6 @@ def _case(draw: Draw, bag: Sequence[int], degrees: dict[str, int], pins: dict[st
     switches = _switches(draw, busy, layout, shape, pins["dispatcher"])
     model = draw_model(draw, busy, layout, sizes, pins["family"])
     overlaps = switches.shared_overlap and switches.dispatcher == "alltoall" and model.shared_ffn > 0
-    overlaps = overlaps and switches.recompute not in ("shared_experts", "all")
-    switches = replace(switches, shared_overlap=overlaps)
     if model.capacity:
         shape["micro_rows"] = 1  # equal tokens at the head of two rows of a micro-batch would be a tie
     batch = _batch(draw, busy, layout, shape)
@@ -84,6 +82,8 @@ def _case(draw: Draw, bag: Sequence[int], degrees: dict[str, int], pins: dict[st
     ppo = _ppo(draw, busy, shape, precision)
     reduction = {name: option(draw, busy) for name in REDUCTION} | {"bucket": switched(draw, busy, "bucket")}
     again = recomputing(switched(draw, busy, "recompute"), count(draw, 1, 3))
+    overlaps = overlaps and again["recompute"] not in ("shared_experts", "all")
+    switches = replace(switches, shared_overlap=overlaps)
     switches = replace(switches, **reducing(ppo.optimizer, model.balance > 0, reduction), **again)
     return Case(
         layout=layout,
