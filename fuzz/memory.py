@@ -20,14 +20,15 @@ NUMBER = 8  # bytes; the reference is float64 whatever the case is
 def weights(model: MoEModel) -> int:
     """Numbers in the weights of one role, token head and biases included."""
     heads, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    attention = 2 * (heads + keys) * model.hidden + heads + 2 * keys + 2 * model.head_dim
+    attention = (3 * heads + 2 * keys) * model.hidden + 2 * heads + 2 * keys + 2 * model.head_dim
     moe = (model.experts * (3 * model.ffn + 1) + 3 * model.shared_ffn + 1) * model.hidden
+    moe += model.experts * (2 * model.ffn + model.hidden + 1) * model.biases
     mlps = len(model.moe) * moe + len(model.dense) * 3 * model.dense_ffn * model.hidden
     return (2 * model.vocab + 1) * model.hidden + model.layers * (attention + 2 * model.hidden) + mlps
 
 
 def _names(model: MoEModel) -> int:
-    return 3 + model.layers * (3 * model.experts + 16)
+    return 3 + model.layers * (3 * (1 + model.biases) * model.experts + 24)
 
 
 def _tokens(case: Case) -> int:
