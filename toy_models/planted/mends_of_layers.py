@@ -16,7 +16,8 @@ def biases_added_out_of_place() -> None:
 
     docs/findings/biases-of-experts.md.
     """
-    rewrite(MLP, "forward", ("output += output_bias.unsqueeze(0)", "output = output + output_bias.unsqueeze(0)"))
+    old, scaled = "output += ", "output_bias.unsqueeze(0) * per_token_scale.unsqueeze(-1)"
+    rewrite(MLP, "forward", (old + scaled, f"output = output + ({scaled}).to(output.dtype)"))  # gates may be float64
 
 
 def _of_one_expert(linear: Any) -> None:
