@@ -32,6 +32,7 @@ LAYOUTS = {  # the smallest one, as the scripts make it
     "expert_biases_of_other_groups": "PP=2, groups handed in",
     "experts_before_tensors": "EP=2 ETP=2, EP before TP in the order",
     "experts_of_other_replicas": "TP=2 CP=2 ETP=2 EP=1, CP before TP in the order",
+    "gates_of_other_heads": "TP=2, one query group",
     "interleaved_two_stages": "PP=2 VPP=2",
     "layout_of_another_pipeline": "PP=2, groups handed in, a pipeline layout",
     "norm_of_uninitialized_shards": "TP=2, perform_initialization=False",

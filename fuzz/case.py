@@ -101,7 +101,8 @@ def twin_of(case: Case) -> Case:
     """The case that must agree with this one; it has no twin of its own."""
     if case.twin == "other_dispatcher":
         other = {"alltoall": "allgather", "allgather": "alltoall"}[case.switches.dispatcher]
-        return replace(case, twin=None, switches=replace(case.switches, dispatcher=other))
+        switches = replace(case.switches, dispatcher=other, shared_overlap=False)  # which alltoall alone has
+        return replace(case, twin=None, switches=switches)
     if case.twin == "plain_switches":
         plain = replace(case.switches, p2p="plain", deallocate=False, groups="global", decoder_input=False)
         return replace(case, twin=None, switches=_in_sequence(plain))
@@ -112,11 +113,12 @@ def _in_sequence(switches: Switches) -> Switches:
     """Nothing overlaps or is recomputed, but for what changes the order of a sum, and so its last bit.
 
     Recomputed norms are nodes of their own in autograd, before which gradients meet in another order. The buckets of a
-    distributed optimizer say who owns what, and so how a norm is summed.
+    distributed optimizer say who owns what, and so how a norm is summed. An overlapped shared expert sends its gradient
+    back before the others do.
     """
     if switches.recompute not in ("layernorm", "all"):
         switches = replace(switches, recompute="none", recompute_layers=0)
-    switches = replace(switches, check_nan=False)
+    switches = replace(switches, check_nan=False, deterministic=False)
     if switches.distributed and switches.bucket:
         return replace(switches, overlap_gather=False, align=False)
     return replace(switches, overlap_reduce=False, overlap_gather=False, align=False, bucket=0)

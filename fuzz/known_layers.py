@@ -11,8 +11,8 @@ SHARED = {"family": "qwen2moe", "hidden": 8, "heads": 2, "kv_heads": 2, "shared_
 KNOWN = (
     Known(
         id="biases-of-whole-experts",
-        upstream="docs/findings/biases-of-experts.md",
-        lives=("0.16.1",),
+        upstream="docs/findings/biases-of-whole-experts.md",
+        lives=("0.16.1", "0.19.2"),
         # An expert that is not cut adds its bias, in place, to what a reduction over one rank returned as it was.
         covers=lambda case: case.model.biases and case.layout.ep == 1,
         law="every rank finishes",
@@ -21,8 +21,8 @@ KNOWN = (
     ),
     Known(
         id="biases-of-other-experts",
-        upstream="docs/findings/biases-of-experts.md",
-        lives=("0.16.1",),
+        upstream="docs/findings/biases-of-other-experts.md",
+        lives=("0.16.1", "0.19.2"),
         # An expert's second bias is marked as sequence parallel: its gradient is summed over TP, with other experts'.
         covers=lambda case: case.model.biases and case.layout.tp > 1,
         law="gradients match the reference",
@@ -31,8 +31,8 @@ KNOWN = (
     ),
     Known(
         id="overlapped-experts-without-clamp",
-        upstream="docs/findings/shared-expert-overlap.md",
-        lives=("0.16.1",),
+        upstream="docs/findings/overlapped-experts-without-clamp.md",
+        lives=("0.16.1", "0.19.2"),
         # The overlapped forward pass has a gated activation of its own, which knows no clamp and no offset.
         covers=lambda case: case.switches.shared_overlap and bool(case.model.clamp or case.model.glu_offset),
         law="logits match the reference",
@@ -45,7 +45,7 @@ KNOWN = (
     ),
     Known(
         id="gates-of-other-heads",
-        upstream="docs/findings/attention-gates-and-sinks.md",
+        upstream="docs/findings/gates-of-other-heads.md",
         lives=("0.16.1",),
         # With fewer query groups than TP ranks a rank picks its own queries of a group, and all of the group's gates.
         covers=lambda case: case.model.output_gate and case.model.kv_heads < case.layout.tp,
@@ -54,9 +54,9 @@ KNOWN = (
         example=Case(layout=CUT, model=MoEModel(heads=2, kv_heads=1, output_gate=True), batch=BATCH),
     ),
     Known(
-        id="norm-without-sinks",
-        upstream="docs/findings/attention-gates-and-sinks.md",
-        lives=("0.16.1",),
+        id="sinks-left-out-of-the-norm",
+        upstream="docs/findings/sinks-left-out-of-the-norm.md",
+        lives=("0.16.1", "0.19.2"),
         # Sinks are cut over TP and not marked so: the norm counts those of the first TP rank.
         covers=lambda case: case.model.sinks == "learnable" and case.layout.tp > 1 and case.layout.cp == 1,
         law="gradient norm is that of the observed gradients",

@@ -14,7 +14,7 @@ from toy_models.planted.rewrite import after_init, rewrite
 def biases_added_out_of_place() -> None:
     """EP=1: an expert adds its bias to a new tensor, not into the view that a custom function returned.
 
-    docs/findings/biases-of-experts.md.
+    docs/findings/biases-of-whole-experts.md.
     """
     old, scaled = "output += ", "output_bias.unsqueeze(0) * per_token_scale.unsqueeze(-1)"
     rewrite(MLP, "forward", (old + scaled, f"output = output + ({scaled}).to(output.dtype)"))  # gates may be float64
@@ -29,7 +29,7 @@ def _of_one_expert(linear: Any) -> None:
 
 def biases_of_experts_stay_apart() -> None:
     """TP>1: the gradient of an expert's second bias is not summed over TP ranks, which have other experts, and norms
-    count it on all of them, as they do the expert's weights; docs/findings/biases-of-experts.md.
+    count it on all of them, as they do the expert's weights; docs/findings/biases-of-other-experts.md.
     """
     after_init(RowParallelLinear, _of_one_expert)
 
@@ -37,7 +37,7 @@ def biases_of_experts_stay_apart() -> None:
 def overlapped_experts_are_clamped() -> None:
     """moe_shared_expert_overlap: the shared expert clamps and moves its gated activation as without overlap.
 
-    docs/findings/shared-expert-overlap.md.
+    docs/findings/overlapped-experts-without-clamp.md.
     """
     old = "x = torch.chunk(x, 2, dim=-1)\n                    return self.config.activation_func(x[0]) * x[1]"
     new = (
@@ -52,7 +52,7 @@ def overlapped_experts_are_clamped() -> None:
 def gates_of_own_heads() -> None:
     """attention_output_gate with fewer query groups than TP ranks: a rank takes the gates of its own heads.
 
-    docs/findings/attention-gates-and-sinks.md.
+    docs/findings/gates-of-other-heads.md.
     """
     old = "gate = gate.reshape(*gate.shape[:2], -1, self.hidden_size_per_attention_head)\n"
     own = "        if self.config.num_query_groups < self.world_size:\n"
@@ -66,5 +66,5 @@ def _marked(attention: Any) -> None:
 
 
 def sinks_counted_on_every_rank() -> None:
-    """Learned sinks are marked as cut over TP, so that gradient norms count them; attention-gates-and-sinks.md."""
+    """Learned sinks are marked as cut over TP, so that gradient norms count them; sinks-left-out-of-the-norm.md."""
     after_init(DotProductAttention, _marked)
