@@ -19,7 +19,7 @@ FORM = (
 )
 PACKAGE = "toy_models.planted"
 # Of the package: mends of known bugs, how a bug is planted, and bugs of helpers, which cases hardly meet.
-NO_BUGS = ("__init__", "mends", "mends_of_recomputation", "rewrite", "functions")
+NO_BUGS = ("__init__", "mends", "mends_of_layers", "mends_of_recomputation", "rewrite", "functions")
 
 
 @dataclass(frozen=True)

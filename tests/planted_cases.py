@@ -71,6 +71,28 @@ PLANTED: dict[str, tuple[Case, Law]] = {
         dispatch.combine_of_dispatch_is_the_sum_of_probabilities,
     ),
     "dispatch:forward_passes_count_tokens": (Case(), state.forward_passes_change_nothing),
+    # ---- layers
+    "layers:gelu_of_tanh": (Case(model=MoEModel(activation="gelu")), forward.logits_match_the_reference),
+    "layers:gates_clamped_from_below": (Case(model=MoEModel(clamp=0.1)), forward.logits_match_the_reference),
+    "layers:offset_on_the_gate": (Case(model=MoEModel(glu_offset=-0.25)), forward.logits_match_the_reference),
+    "layers:biases_of_experts_without_gates": (Case(model=MoEModel(biases=True)), forward.logits_match_the_reference),
+    "layers:router_without_its_bias": (Case(model=MoEModel(biases=True)), dispatch.routing_is_valid),
+    "layers:outputs_gated_twice": (Case(model=MoEModel(output_gate=True)), forward.logits_match_the_reference),
+    "layers:sinks_without_a_gradient": (
+        Case(model=MoEModel(sinks="learnable")),
+        updates.gradients_match_the_reference,
+    ),
+    "layers:scores_of_deeper_layers_too_large": (
+        Case(model=MoEModel(layers=2), batch=LONG, switches=Switches(qk_scaling=True)),
+        forward.logits_match_the_reference,
+    ),
+    "layers:overlapped_gates_detached": (
+        Case(
+            model=MoEModel(family="qwen2moe", heads=2, kv_heads=2, shared_ffn=4),
+            switches=Switches(shared_overlap=True),
+        ),
+        updates.gradients_match_the_reference,
+    ),
     # ---- gradients
     "gradients:expert_gradients_scaled_twice": (Case(layout=EP, batch=ROWS), updates.gradients_match_the_reference),
     "gradients:expert_gradients_not_reduced": (
