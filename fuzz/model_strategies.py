@@ -63,8 +63,10 @@ def draw_model(draw: Draw, busy: int, layout: Layout, sizes: Mapping[str, Any], 
 
 def _layers(draw: Draw, busy: int, layout: Layout, family: str) -> dict[str, Any]:
     """What MLPs and attention are made of. Megatron has biases of experts that are not cut, and none of shared ones."""
-    names = ("activation", "gated", "clamp", "glu_offset", "qk_norm", "output_gate", "sinks", "biases")
+    names = ("activation", "clamp", "glu_offset", "qk_norm", "sinks")
     drawn = {name: switched(draw, busy, name) for name in names}
+    drawn |= {name: option(draw, busy) for name in ("gated", "output_gate", "biases")}
+    drawn["gated"] = not drawn["gated"]
     if not drawn["gated"]:
         drawn |= {"clamp": 0.0, "glu_offset": 0.0}
     return drawn | {"biases": drawn["biases"] and layout.etp == 1 and family not in SHARED}

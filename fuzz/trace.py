@@ -28,6 +28,8 @@ IN_LAYER = (
     "self_attention.core_attention", "self_attention", "pre_mlp_layernorm", "mlp.router", "mlp.shared_experts",
     "mlp.linear_fc1", "mlp",
 )  # fmt: skip
+# They return (output, bias). So does an expert's second matrix, whose bias is multiplied by a gate first.
+WITH_BIAS = ("self_attention", "mlp.linear_fc1", "experts.linear_fc1", ".mlp")
 Progress = Callable[[str], None]
 Forced = Mapping[tuple[int, int], int]  # (row, position) -> token
 
@@ -108,8 +110,11 @@ def _tapped(role: Role, progress: Progress) -> Iterator[tuple[Taps, probe.Record
     taps = Taps(lambda said: progress(f"{role.name} {said.split('/')[0]}"))
     hooks = [_on_output(taps, name, module) for name, module in _modules(role).items()]
     hooks += [_on_dispatched(taps, i, layer.mlp.experts) for i, layer in role.moe_layers().items()]
+    overlapped = role.moe_layers() if role.switches.shared_overlap else {}
     try:
-        with probe.recording(role) as record:
+        with probe.recording(role) as record, contextlib.ExitStack() as stack:
+            for i, layer in overlapped.items():
+                stack.enter_context(_of_pieces(taps, f"layers.{i}.mlp.shared_experts", layer.mlp.shared_experts))
             yield taps, record
     finally:
         for hook in hooks:
@@ -133,7 +138,30 @@ def _modules(role: Role) -> dict[str, torch.nn.Module]:
 
 
 def _on_output(taps: Taps, name: str, module: torch.nn.Module) -> Any:
-    return module.register_forward_hook(lambda _, __, out: taps.tap(name, out[0] if isinstance(out, tuple) else out))
+    """A module's output, with the bias that it hands on beside it, if any."""
+
+    def hook(_: Any, __: Any, out: Any) -> None:
+        output, beside = out if isinstance(out, tuple) else (out, None)
+        taps.tap(name, output, beside if name.split("/")[0].endswith(WITH_BIAS) else None)
+
+    return module.register_forward_hook(hook)
+
+
+@contextlib.contextmanager
+def _of_pieces(taps: Taps, name: str, shared: Any) -> Iterator[None]:
+    """A tap on an overlapped shared expert, whose forward is never called: the dispatcher calls it piece by piece."""
+    get_output = shared.get_output
+
+    def tapped() -> torch.Tensor:
+        output = get_output()
+        taps.tap(name, output)
+        return output
+
+    shared.get_output = tapped
+    try:
+        yield
+    finally:
+        del shared.get_output
 
 
 def _on_dispatched(taps: Taps, layer: int, experts: torch.nn.Module) -> Any:

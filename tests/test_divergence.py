@@ -35,6 +35,7 @@ GLM4 = MoEModel(
 QWEN2 = MoEModel(family="qwen2moe", heads=2, kv_heads=2, experts=4, top_k=2, shared_ffn=4, layers=2, tied=True)
 MIXTRAL = MoEModel(family="mixtral", heads=2, kv_heads=1, experts=4, top_k=3, norm_topk_prob=True, layers=2)
 BALANCED = replace(QWEN3, aux_loss=0.3, z_loss=0.1, skew=2.0)
+BENT = replace(BALANCED, activation="gelu", clamp=0.5, glu_offset=1.0, output_gate=True, sinks="learnable", biases=True)
 RAGGED = Batch(rows=4, prompt=3, response=4, raggedness="ragged")
 HOLES = Batch(rows=8, prompt=2, response=3, holes=True, micro_rows=2, pad_is_eos=True)
 ADAM = PPO(optimizer="adam", lr=0.03, critic_lr=0.03, eps=1e-2, weight_decay=0.1, max_norm=0.3, whiten=True)
@@ -65,11 +66,11 @@ HEALTHY = {
     "tp2": Case(layout=LAYOUTS["tp2"], model=QWEN2, batch=RAGGED, ppo=SGD),
     "ep2": Case(layout=LAYOUTS["ep2"], model=MIXTRAL, batch=HOLES, ppo=ADAM, switches=GATHER),
     "etp2": Case(layout=LAYOUTS["etp2"], model=QWEN2, batch=RAGGED, switches=GATHER),
-    "tp2-ep2": Case(layout=LAYOUTS["tp2-ep2"], model=BALANCED, batch=RAGGED, ppo=SGD),
+    "tp2-ep2": Case(layout=LAYOUTS["tp2-ep2"], model=BENT, batch=RAGGED, ppo=SGD),
     "tp2-ep2-dp2": Case(layout=LAYOUTS["tp2-ep2-dp2"], model=QWEN2, batch=HOLES, ppo=ADAM),
     "ep2-etp2": Case(layout=LAYOUTS["ep2-etp2"], model=BALANCED, batch=replace(HOLES, rows=16), ppo=SGD),
     "ep4": Case(layout=LAYOUTS["ep4"], model=QWEN3, batch=RAGGED, program=(Rollout(), Update(), Rollout())),
-    "pp2": Case(layout=LAYOUTS["pp2"], model=QWEN2, batch=RAGGED, ppo=SGD),
+    "pp2": Case(layout=LAYOUTS["pp2"], model=QWEN2, batch=RAGGED, ppo=SGD, switches=Switches(shared_overlap=True)),
     "cp2": Case(layout=LAYOUTS["cp2"], model=BALANCED, batch=RAGGED, ppo=ADAM),
     "pp2-cp2": Case(layout=LAYOUTS["pp2-cp2"], model=MIXTRAL, batch=HOLES, ppo=SGD),
     "pp2-vpp2": Case(layout=LAYOUTS["pp2-vpp2"], model=DENSE, batch=HOLES, ppo=ADAM, switches=OVERLAPPED),

@@ -124,7 +124,7 @@ class Attention(torch.nn.Module):
         self.model, queries, keys = model, model.heads * model.head_dim, model.kv_heads * model.head_dim
         for x, size in {"q": queries, "k": keys, "v": keys}.items():
             setattr(self, f"{x}_proj", torch.nn.Linear(model.hidden, size, bias=model.has_qkv_bias))
-        self.o_proj = torch.nn.Linear(queries, model.hidden, bias=model.biases)
+        self.core, self.o_proj = torch.nn.Identity(), torch.nn.Linear(queries, model.hidden, bias=model.biases)
         if model.output_gate:
             self.g_proj = torch.nn.Linear(model.hidden, queries, bias=model.has_qkv_bias)
         if model.has_qk_norm:
@@ -134,12 +134,12 @@ class Attention(torch.nn.Module):
             self.sinks = torch.nn.Parameter(torch.empty(model.heads))
 
     def forward(self, hidden_states: torch.Tensor, position_embeddings: Any, **_: Any) -> tuple[torch.Tensor, None]:
-        heads = [proj(hidden_states).unflatten(-1, (-1, self.model.head_dim)) for proj in self._projections()]
-        q, k, v = (x.transpose(1, 2) for x in heads)  # [B, heads, W, d]
+        q, k, v = (proj(hidden_states).unflatten(-1, (-1, self.model.head_dim)) for proj in self._projections())
         if self.model.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, W, d]
         seen = self._attended(_turned(q, *position_embeddings), _turned(k, *position_embeddings), v)
-        mixed = seen.transpose(1, 2).flatten(2)
+        mixed = self.core(seen.transpose(1, 2).flatten(2))
         mixed = mixed * self.g_proj(hidden_states).sigmoid() if self.model.output_gate else mixed
         return self.o_proj(mixed), None
 

@@ -59,7 +59,8 @@ def _attention(model: MoEModel, seen: Mapping[str, torch.Tensor]) -> Tensors:
 def _copies(model: MoEModel, seen: Kinds, chosen: torch.Tensor, experts: Tensors, parts: int) -> Kinds:
     """What is sent to each part of each chosen expert (hidden state, then gate) and what comes of it.
 
-    The gate is applied between the two matrices, as megatron does; the sum over parts and copies is the layer's output.
+    The gate is applied between the two matrices, as megatron does, and to the second bias, which linear_fc2 leaves to
+    its caller; the sum over parts and copies, with that bias, is the layer's output.
     """
     shape = (*chosen.shape, parts, -1)
     hidden = seen["forward"]["dispatched"][:, :, None, None].expand(shape).clone().requires_grad_()
@@ -69,9 +70,9 @@ def _copies(model: MoEModel, seen: Kinds, chosen: torch.Tensor, experts: Tensors
         fc1 = _by_expert(hidden, up, chosen)
         fc1 = fc1 + experts["gate_up_proj_bias"].detach()[chosen][..., None, :] if model.biases else fc1
         fc2 = _by_expert(activated(model, fc1) * gates, down, chosen)
-        fc2 = fc2 + experts["down_proj_bias"].detach()[chosen][..., None, :] * gates[..., :1] if model.biases else fc2
+        bias = experts["down_proj_bias"].detach()[chosen][..., None, :] * gates if model.biases else 0.0
     back = seen["backward"]["experts"][:, :, None, None].expand_as(fc2)
-    grads = torch.autograd.grad(fc2, [hidden, gates, fc1], back)
+    grads = torch.autograd.grad(fc2 + bias, [hidden, gates, fc1], back)
     forward = (torch.cat([hidden, gates], -1).detach(), fc1.detach(), fc2.detach())
     names = ("mlp.token_dispatcher", "mlp.experts.linear_fc1", "mlp.experts.linear_fc2")
     found = forward, (torch.cat(grads[:2], -1), grads[2], back)

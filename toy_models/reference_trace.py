@@ -18,6 +18,7 @@ from toy_models.families import Tensors
 from toy_models.precision import keep_float64
 from toy_models.reference import Experience, Run
 from toy_models.reference_model import _backbone, routing_gap
+from toy_models.reference_modules import Attention
 from toy_models.reference_packing import KINDS
 from toy_models.spec import MoEModel
 from toy_models.taps import Taps
@@ -92,7 +93,7 @@ def _tapped(model: MoEModel) -> Iterator[Taps]:
     there = dict(module.named_modules())
     hooks = [_on_output(taps, name, there[path]) for name, path in paths.items() if path in there]
     for i, layer in enumerate(module.layers):
-        hooks += [_on_input(taps, f"layers.{i}.self_attention.core_attention", layer.self_attn.o_proj)]
+        hooks += [_on_core(taps, f"layers.{i}.self_attention.core_attention", layer.self_attn)]
         if i in model.moe:
             hooks += [_on_router(taps, i, layer.mlp.gate), _on_input(taps, f"layers.{i}.dispatched", layer.mlp.experts)]
     try:
@@ -108,6 +109,13 @@ def _on_output(taps: Taps, name: str, module: torch.nn.Module) -> Any:
 
 def _on_input(taps: Taps, name: str, module: torch.nn.Module) -> Any:
     return module.register_forward_pre_hook(lambda _, inputs: taps.tap(name, inputs[0]))
+
+
+def _on_core(taps: Taps, name: str, attention: Any) -> Any:
+    """What comes of the softmax; modules of our own say where that is, since their outputs may be gated afterwards."""
+    if isinstance(attention, Attention):
+        return _on_output(taps, name, attention.core)
+    return _on_input(taps, name, attention.o_proj)
 
 
 def _on_router(taps: Taps, layer: int, gate: torch.nn.Module) -> Any:

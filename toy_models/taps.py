@@ -17,11 +17,12 @@ class Taps:
         self.detached: set[str] = set()  # what carries no gradient
         self._passed = passed
 
-    def tap(self, name: str, tensor: torch.Tensor) -> None:
-        """Keep a copy of `tensor`, and of its gradient once that is there."""
+    def tap(self, name: str, tensor: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Keep a copy of `tensor`, with the `bias` that is added later, and of its gradient once that is there."""
         values, gradients = self.values.setdefault(name, []), self.gradients.setdefault(name, [])
         at = len(values)
-        values.append(tensor.detach().clone())  # megatron's global buffer is written again by the next call
+        whole = tensor.detach().clone()  # megatron's global buffer is written again by the next call
+        values.append(whole if bias is None else whole + bias.detach())
         gradients.append(torch.zeros_like(values[at]))
 
         def keep(gradient: torch.Tensor) -> None:
