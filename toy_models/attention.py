@@ -42,7 +42,7 @@ class ContextParallelAttention(torch.nn.Module):
     def _shares(self, scores: torch.Tensor) -> torch.Tensor:
         if not self.sinks:
             return scores.softmax(-1)
-        sinks = self.softmax_offset[None, :, None, None].expand(*scores.shape[:3], 1)
+        sinks = self.softmax_offset.to(scores.device)[None, :, None, None].expand(*scores.shape[:3], 1)
         return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
 
     def _everybodys(self, part: torch.Tensor, heads: int) -> torch.Tensor:
