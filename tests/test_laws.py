@@ -232,7 +232,7 @@ def test_a_wrong_weight_is_a_violation(observed: tuple) -> None:
 
 # ---- the form of planted bugs ----------------------------------------------------------------------------------
 
-MODULES = ("dispatch", "gradients", "ppo_arithmetic", "losses", "state", "liveness", "reduction")
+MODULES = ("dispatch", "gradients", "layers", "ppo_arithmetic", "losses", "state", "liveness", "reduction")
 
 
 def _bugs() -> dict[str, Callable[[], None]]:
