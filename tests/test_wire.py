@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from fuzz.group import reduced
 from fuzz.ranks import Ranks
 
 SELF = "tests.on_wire"
@@ -79,3 +81,13 @@ def test_unequal_sizes_and_deaths_are_told() -> None:
         assert (first.outcome, second.outcome) == ("raised", "hung") and "barrier" in str(second.calls or second.facts)
     finally:
         two.close()
+
+
+@pytest.mark.parametrize("ranks", [2, 5, 8])
+@pytest.mark.parametrize("op", [dist.ReduceOp.SUM, dist.ReduceOp.AVG])
+def test_a_sum_does_not_hang_on_where_in_a_buffer_it_lies(ranks: int, op: dist.ReduceOp) -> None:
+    """Buckets cut the same gradients differently; the last bit of each must stay."""
+    parts = torch.randn(ranks, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = reduced(parts, op)
+    for cut in range(1, 50):
+        assert torch.equal(whole, torch.cat([reduced(parts[:, :cut], op), reduced(parts[:, cut:], op)])), cut
