@@ -15,6 +15,7 @@ from fuzz.deep import arms, discovery, schema
 from fuzz.deep.arms import Pull, choose
 from fuzz.deep.campaign import DONE, EXHAUSTED, Campaign, Record
 from fuzz.deep.ledger import Ledger, Plan
+from fuzz.functions.families import FAMILIES
 from toy_models.spec import Batch, Layout, MoEModel
 
 PLAN = Plan(max_ranks=2, budget=60.0, shards=1, seed=7)
@@ -221,6 +222,10 @@ def test_the_choice_is_a_function_of_the_log() -> None:
     every = arms.arms(4)
     pulls = [Pull(arm=arm.name, seconds=3.0 + n, worth=n % 7) for n, arm in enumerate(every)]
     assert {choose(every, pulls)[0].name for _ in range(5)} == {choose(every, list(pulls))[0].name}  # type: ignore[index]
+
+
+def test_every_family_of_functions_has_its_chunks() -> None:
+    assert set(arms.FAMILIES) == set(FAMILIES)
 
 
 def test_rows_are_taken_in_slices_and_lost_ones_again() -> None:

@@ -281,6 +281,25 @@ def test_a_killed_driver_leaves_nothing_and_its_campaign_goes_on(tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_redis_that_goes_down_in_the_middle_ends_nothing(
+    redis: tuple[str, subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "c"
+    process = started(folder, *FEW, "--plant", PLANT, "--database", redis[0], budget="35s")
+    with ended(process):
+        until = time.monotonic() + PATIENCE
+        while not (folder / schema.NAME).exists():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        redis[1].kill()
+        said, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1 and "going on with the local folder" in said, said
+    seen = reading.read(folder)
+    assert seen.faults == 0 and seen.distinct[0].state == "found"
+    assert any(path.is_file() for path in (folder / "examples").rglob("*")), "what was found later is in the folder"
+
+
+@pytest.mark.slow
 def test_too_many_shards_are_told_what_is_free(tmp_path: Path) -> None:
     process = started(tmp_path / "c", "--shards", "500", budget="60s")
     with ended(process):
@@ -310,12 +329,12 @@ def test_a_node_lost_costs_no_finished_case(tmp_path: Path) -> None:
     """Two nodes with a shard each; one is taken away, and there is no other: the other goes on, and ends in time."""
     from ray.cluster_utils import Cluster
 
-    folder, room = tmp_path / "c", {"num_cpus": 0.5, "object_store_memory": 80 * 2**20}
+    folder, room = tmp_path / "c", {"num_cpus": 1, "object_store_memory": 80 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={**room, "include_dashboard": False})
     try:
         node = cluster.add_node(**room)
         cluster.wait_for_nodes()
-        process = started(folder, *FEW, "--ray-address", cluster.address, "--shards", "2", budget="60s")
+        process = started(folder, *FEW, "--max-ranks", "4", "--ray-address", cluster.address, budget="60s")
         with ended(process):
             wait_for_cases(folder, 8, process)
             finished = reading.glance(folder).cases

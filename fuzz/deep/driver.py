@@ -108,7 +108,7 @@ class _Run:
     """The time of one driver: ledger, shards, bar. ValueError where there is no room, or the campaign is refused."""
 
     def __init__(self, asked: Asked, folder: Path) -> None:
-        self._folder, self._said = folder, 0
+        self._folder, self._said = folder, len(reading.glance(folder).notes)  # those of earlier drivers were said
         needs = cluster.Needs(max_ranks=asked.max_ranks, gpus_per_rank=asked.gpus_per_rank)
         number = asked.shards or max(1, cluster.room(needs))
         cluster.check_room(needs, number)
