@@ -24,7 +24,7 @@ def plan(size: int) -> Plan:
 
 
 def plain(folder: Path, cases: int) -> None:
-    ledger = Ledger(folder, plan(cases + 20))
+    ledger = Ledger(folder, plan(cases + 2))
     threading.Thread(target=_stop, args=(folder, cases, ledger), daemon=True).start()
     shard.run(0, ledger, Told(examples=str(folder / "examples")))
 
@@ -38,7 +38,7 @@ def _stop(folder: Path, cases: int, ledger: Ledger) -> None:
 
 def with_ray(folder: Path, cases: int) -> None:
     cluster.joined("")
-    ledger = cluster.ledger(folder, plan(cases + 20))
+    ledger = cluster.ledger(folder, plan(cases + 2))
     shards = cluster.Shards(1, cluster.Needs(max_ranks=2), ledger, Told(examples=str(folder / "examples")))
     while reading.glance(folder).cases < cases:
         shards.ended(0.2)
