@@ -1,8 +1,8 @@
 """Kills drivers of one campaign at random moments, and looks at what is left: `python benchmarks/kills.py DIR`.
 
-A row for each kill: after how many seconds, cases that had finished just before, cases in the log afterwards, seconds
-until no process of it is left, whether the log is whole. The last driver may run to its end. Exit code 1 where anything
-is lost.
+A row for each kill, after its first case or its start by turns: cases that had finished just before, cases in the log
+afterwards, seconds until no process of it is left, whether the log is whole. The last driver may run to its end. Exit
+code 1 where anything is lost.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from asked import one_or_more
 
 from fuzz.deep import reading, schema
 
-FEW = ("--max-ranks", "2", "--only", "property any_case 2", "--chunk", "50")
+FIRST = 60.0  # seconds to wait for a case
+FEW = ("--max-ranks", "2", "--shards", "1", "--only", "property any_case 2", "--chunk", "50")
 
 
 def started(folder: Path, budget: float, seed: int) -> subprocess.Popen[bytes]:
@@ -26,9 +27,12 @@ def started(folder: Path, budget: float, seed: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "fuzz", *asked], stdout=subprocess.DEVNULL)
 
 
-def killed(folder: Path, seed: int, after: float) -> tuple[int, int, float, bool]:
+def killed(folder: Path, seed: int, after: float, running: bool) -> tuple[int, int, float, bool]:
     """Cases before and after, seconds until nothing is left, whether the log is whole."""
+    there, until = reading.glance(folder).cases, time.monotonic() + FIRST
     driver = started(folder, 100_000, seed)
+    while running and reading.glance(folder).cases == there and time.monotonic() < until:
+        time.sleep(0.1)
     time.sleep(after)
     below = psutil.Process(driver.pid).children(recursive=True)
     before = reading.glance(folder).cases
@@ -54,10 +58,11 @@ def main() -> int:
     asked = parser.parse_args()
     chance, wrong = random.Random(asked.seed), False
     for n in range(asked.kills):
-        after = chance.uniform(3.0, 30.0)
-        before, cases, left, whole = killed(asked.folder, n, after)
+        running, after = n % 2 == 0, chance.uniform(0.5, 8.0)
+        before, cases, left, whole = killed(asked.folder, n, after, running)
         wrong = wrong or cases < before or left == float("inf") or not whole
-        row = f"killed after {after:.1f} s: {before} cases, then {cases}; gone in {left:.1f} s; whole: {whole}"
+        when = "its first case" if running else "its start"
+        row = f"killed {after:.1f} s after {when}: {before} cases, then {cases}; gone in {left:.1f} s; whole: {whole}"
         print(row, flush=True)
     if asked.last:
         code = started(asked.folder, reading.spent(asked.folder) + asked.last, 0).wait()

@@ -64,13 +64,10 @@ def run(asked: Asked) -> int:
     with contextlib.ExitStack() as ending:  # in reverse: Ray, its keeper, the lock
         ending.enter_context(contextlib.closing(campaign.Lock(folder / "lock")))
         database.opened(asked.database, folder / "examples", lambda _: None)
-        keeper = Keeper()
-        ending.callback(keeper.dismiss)
+        ending.callback(Keeper().dismiss)
         ending.callback(cluster.left)
         cluster.joined(asked.address)
-        keeper.note()
         running = ending.enter_context(contextlib.closing(_Run(asked, folder)))
-        keeper.note()
         with _ended_by_signals():
             return running.to_the_end()
 

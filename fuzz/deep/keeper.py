@@ -1,21 +1,21 @@
 """Outlives a driver and ends what its Ray leaves: Ray's agents stay for up to a minute where a driver is killed.
 
-The driver tells it, through a pipe, which processes there are below it; when the pipe closes without a farewell it ends
-those that are still there. Knows processes, and nothing else.
+It looks at what is below the driver, again and again; when the driver's pipe closes without a farewell, it ends what is
+still there. Knows processes, and nothing else.
 """
 
 import contextlib
-import json
+import os
+import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 
 import psutil
 
+EVERY = 1.0  # seconds between two looks: some ms each
 AFTER = 3.0  # seconds that Ray has to end by itself
-FAREWELL = "farewell"
 PROGRAM = f"from {__name__} import keep; keep()"
 
 
@@ -24,40 +24,40 @@ class Keeper:
 
     def __init__(self) -> None:
         command = [sys.executable, "-c", PROGRAM]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)
-
-    def note(self) -> None:
-        """Remember what is below this process now."""
-        self._say([(one.pid, one.create_time()) for one in _below() if one.pid != self._process.pid])
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def dismiss(self) -> None:
         """This process has cleaned up itself."""
-        self._say(FAREWELL)
-        self._process.communicate()
-
-    def _say(self, what: object) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            assert self._process.stdin
-            self._process.stdin.write(json.dumps(what) + "\n")
-            self._process.stdin.flush()
-
-
-def _below() -> Iterable[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+        self._process.communicate(b".")
 
 
 def keep() -> None:
     """What the keeper does."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    noted: dict[int, float] = {}
-    for line in sys.stdin:
-        if (said := json.loads(line)) == FAREWELL:
-            return
-        noted |= {pid: began for pid, began in said}
+    parent, seen = os.getppid(), dict[int, float]()
+    while not select.select([sys.stdin], [], [], EVERY)[0]:
+        seen |= _below(parent)
+    if sys.stdin.buffer.read(1):
+        return
+    for pid in list(seen):
+        seen |= _below(pid)
     time.sleep(AFTER)
-    for pid, began in noted.items():
-        with contextlib.suppress(psutil.Error):
-            one = psutil.Process(pid)
-            if one.create_time() == began:  # else another one that has its number now
-                one.kill()
+    for pid, began in seen.items():
+        _end(pid, began)
+
+
+def _below(pid: int) -> dict[int, float]:
+    """What is below a process, but for this one, and when each began."""
+    with contextlib.suppress(psutil.Error):
+        children = psutil.Process(pid).children(recursive=True)
+        return {one.pid: one.create_time() for one in children if one.pid != os.getpid()}
+    return {}
+
+
+def _end(pid: int, began: float) -> None:
+    """End a process, if it is the one that had this number."""
+    with contextlib.suppress(psutil.Error):
+        one = psutil.Process(pid)
+        if one.create_time() == began:
+            one.kill()
