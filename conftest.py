@@ -203,6 +203,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     item.config.stash[TALLY] = {}
     item.config.stash[SEARCH] = _search(item)
     item.user_properties.append(("fuzz", item.config.stash[TALLY]))
+    _own_examples(item)
+
+
+def _own_examples(item: pytest.Item) -> None:
+    """What is remembered of a property belongs to its world: Hypothesis's plugin sees to it only where there is a mark.
+
+    A shard of the deep run saves under the same key.
+    """
+    if inner := getattr(getattr(getattr(item, "obj", None), "hypothesis", None), "inner_test", None):
+        inner._hypothesis_internal_add_digest = item.nodeid.encode()
 
 
 def _search(item: pytest.Item) -> Search:
