@@ -32,6 +32,7 @@ PRELOAD = (
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "transformers.models.qwen2_moe.modeling_qwen2_moe",
     "transformers.models.mixtral.modeling_mixtral",
+    "transformers.models.gpt_oss.modeling_gpt_oss",
     "transformers.models.glm4_moe.modeling_glm4_moe",
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.models.gpt.gpt_layer_specs",

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from fuzz.coverage import AIMED, ALL, DIMENSIONS, LAYOUT, Meeting, power_of_two, said, words
 from fuzz.space import all_layouts, worlds
-from toy_models.spec import SHARED
+from toy_models.spec import NORMALISED, SHARED
 
 Rule = tuple[tuple[str, ...], Callable[..., bool]]
 
@@ -36,7 +36,7 @@ def _two_stages(pp: str, vpp: str, empty: str, split: str, contents: str) -> boo
 
 def _no_dense(family: str, empty: str, split: str, contents: str) -> bool:
     """Mixtral has no dense layers: a stage without experts is an empty one."""
-    if family != "mixtral" or contents == "experts":
+    if family not in NORMALISED or contents == "experts":
         return True
     return empty == "yes" and (split, contents) != ("embedding", "last without experts")
 
@@ -60,8 +60,8 @@ RULES: tuple[Rule, ...] = (
     (("empty stage", "split", "contents"), _empty_stage),
     (("pp", "vpp", "empty stage", "split", "contents"), _two_stages),
     (("family", "empty stage", "split", "contents"), _no_dense),
-    (("family", "top-k"), lambda family, top_k: family != "mixtral" or top_k != "1"),
-    (("family", "gates"), lambda family, gates: family != "mixtral" or gates == "normalised"),
+    (("family", "top-k"), lambda family, top_k: family not in NORMALISED or top_k != "1"),
+    (("family", "gates"), lambda family, gates: family not in NORMALISED or gates == "normalised"),
     (("score", "gates", "top-k"), lambda score, gates, k: score == "softmax" or (gates == "plain") == (k == "1")),
     (("expert bias", "score"), lambda bias, score: bias == "off" or score == "sigmoid"),
     (("bias rate", "expert bias"), lambda rate, bias: rate == "off" or bias == "on"),

@@ -7,9 +7,13 @@ from typing import Any
 from fuzz import choices as st
 from fuzz.choices import Draw
 from fuzz.draws import count, one, option, switched
-from toy_models.spec import FAMILIES, OWN_HEAD_DIM, SHARED, Layout, MoEModel, groupings
+from toy_models.spec import FAMILIES, NORMALISED, OWN_HEAD_DIM, SHARED, Layout, MoEModel, groupings
 
 BIASES = ((0.5, 0.0625), (0.125, 0.5), (0.5, 0.0), (0.125, 0.0625))  # spread and rate of expert biases
+GPT_OSS = {
+    "activation": "quick_gelu", "gated": True, "glu_offset": 1.0, "qk_norm": "family", "output_gate": False,
+    "sinks": "learnable", "biases": True,
+}  # fmt: skip
 IDLE = 192  # of 256 numbers, from which on groups of experts are not limited
 
 
@@ -22,9 +26,9 @@ def draw_sizes(draw: Draw, layout: Layout) -> dict[str, int]:
 
 
 def draw_model(draw: Draw, busy: int, layout: Layout, sizes: Mapping[str, Any], family: str | None) -> MoEModel:
-    possible = FAMILIES if sizes["top_k"] > 1 else FAMILIES[:-1]  # all but Mixtral
+    possible = [family for family in FAMILIES if sizes["top_k"] > 1 or family not in NORMALISED]
     chosen = family or draw(st.sampled_from(possible))
-    if chosen == "mixtral":
+    if chosen in NORMALISED:
         sizes = {**sizes, "top_k": max(2, sizes["top_k"])}
     normalised = draw(st.booleans())
     few, kv_heads = option(draw, busy), layout.tp * count(draw, 1, 2)
@@ -32,10 +36,10 @@ def draw_model(draw: Draw, busy: int, layout: Layout, sizes: Mapping[str, Any], 
     head_dim = 6 if few and layout.tp % 3 == 0 else 4
     kv_heads = 1 if few and (heads + 2) * head_dim % layout.tp == 0 else kv_heads
     dense, dense_ffn = _dense(draw, busy, sizes["layers"]), layout.tp * count(draw, 1, 3)
-    dense = () if chosen == "mixtral" else dense
+    dense = () if chosen in NORMALISED else dense
     shared = layout.tp * count(draw, 2, 4)
     router = _router(draw, busy, sizes)
-    normalised = normalised or chosen == "mixtral" or router["score"] == "sigmoid"
+    normalised = normalised or chosen in NORMALISED or router["score"] == "sigmoid"
     return MoEModel(
         family=chosen,
         **sizes,
@@ -66,7 +70,9 @@ def _layers(draw: Draw, busy: int, layout: Layout, family: str) -> dict[str, Any
     names = ("activation", "clamp", "glu_offset", "qk_norm", "sinks")
     drawn = {name: switched(draw, busy, name) for name in names}
     drawn |= {name: option(draw, busy) for name in ("gated", "output_gate", "biases")}
-    drawn["gated"] = not drawn["gated"]
+    drawn["gated"], other = not drawn["gated"], option(draw, busy)
+    if family == "gptoss" and not other:
+        drawn |= GPT_OSS | {"clamp": drawn["clamp"] or 0.5}
     if not drawn["gated"]:
         drawn |= {"clamp": 0.0, "glu_offset": 0.0}
     return drawn | {"biases": drawn["biases"] and layout.etp == 1 and family not in SHARED}

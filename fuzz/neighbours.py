@@ -13,7 +13,7 @@ from fuzz.case import Case
 from fuzz.order import micro_batches
 from fuzz.space import EPSILONS, VALUES, WORLDS, rates, recomputing, reducing, values_of
 from toy_models.coordinates import stages
-from toy_models.spec import OWN_HEAD_DIM, SHARED, Layout, groupings
+from toy_models.spec import NORMALISED, OWN_HEAD_DIM, SHARED, Layout, groupings
 
 PARTS = ("layout", "model", "batch", "ppo", "switches")
 
@@ -237,7 +237,7 @@ def _fit_heads(v: dict[str, Any], few: bool) -> None:
 
 
 def _fit_family(v: dict[str, Any]) -> None:
-    mixtral, sigmoid = v["family"] == "mixtral", v["score"] == "sigmoid"
+    mixtral, sigmoid = v["family"] in NORMALISED, v["score"] == "sigmoid"
     v["top_k"] = max(1 + mixtral, min(v["top_k"], v["experts"]))
     v["norm_topk_prob"] = (mixtral or sigmoid or v["norm_topk_prob"]) and v["top_k"] > 1
     v["shared_ffn"] = (v["shared_ffn"] or 2 * v["tp"]) if v["family"] in SHARED else 0

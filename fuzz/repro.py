@@ -62,7 +62,7 @@ def kind(case: Case, law: str) -> str:
     found = next((kind for kind, laws in KINDS.items() if law in laws), "")
     model, layout = case.model, case.layout
     long = layout.cp > 1 or layout.vpp > 1 or layout.split != "even" or (layout.pp > 1 and model.tied)
-    if not model.plain_router or model.family == "glm4moe" or model.seq_aux_loss or model.global_aux_loss:
+    if not model.plain_router or model.family in ("glm4moe", "gptoss") or model.seq_aux_loss or model.global_aux_loss:
         return ""
     if found != "dispatch" and _trained_otherwise(case):
         return ""

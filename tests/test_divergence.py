@@ -1,11 +1,12 @@
 """Where system and reference part: nowhere in a healthy system, at the module of a planted bug and on its ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib import image
 from matplotlib.colors import to_rgb
 from planted_cases import PLANTED
@@ -34,6 +35,9 @@ GLM4 = MoEModel(
 )
 QWEN2 = MoEModel(family="qwen2moe", heads=2, kv_heads=2, experts=4, top_k=2, shared_ffn=4, layers=2, tied=True)
 MIXTRAL = MoEModel(family="mixtral", heads=2, kv_heads=1, experts=4, top_k=3, norm_topk_prob=True, layers=2)
+GPTOSS = replace(
+    QWEN3, family="gptoss", activation="quick_gelu", clamp=0.5, glu_offset=1.0, sinks="learnable", biases=True
+)
 BALANCED = replace(QWEN3, aux_loss=0.3, z_loss=0.1, skew=2.0)
 BENT = replace(BALANCED, activation="gelu", clamp=0.5, glu_offset=1.0, output_gate=True, sinks="learnable", biases=True)
 RAGGED = Batch(rows=4, prompt=3, response=4, raggedness="ragged")
@@ -69,7 +73,7 @@ HEALTHY = {
     "tp2-ep2": Case(layout=LAYOUTS["tp2-ep2"], model=BENT, batch=RAGGED, ppo=SGD),
     "tp2-ep2-dp2": Case(layout=LAYOUTS["tp2-ep2-dp2"], model=QWEN2, batch=HOLES, ppo=ADAM),
     "ep2-etp2": Case(layout=LAYOUTS["ep2-etp2"], model=BALANCED, batch=replace(HOLES, rows=16), ppo=SGD),
-    "ep4": Case(layout=LAYOUTS["ep4"], model=QWEN3, batch=RAGGED, program=(Rollout(), Update(), Rollout())),
+    "ep4": Case(layout=LAYOUTS["ep4"], model=GPTOSS, batch=RAGGED, program=(Rollout(), Update(), Rollout())),
     "pp2": Case(layout=LAYOUTS["pp2"], model=QWEN2, batch=RAGGED, ppo=SGD, switches=Switches(shared_overlap=True)),
     "cp2": Case(layout=LAYOUTS["cp2"], model=BALANCED, batch=RAGGED, ppo=ADAM),
     "pp2-cp2": Case(layout=LAYOUTS["pp2-cp2"], model=MIXTRAL, batch=HOLES, ppo=SGD),
@@ -238,17 +242,28 @@ def test_how_far_ranks_came_is_said(with_bug: Trials, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_traced_reference_is_the_reference(family: str) -> None:
     """Taps change nothing; what is computed once more, expert by expert, adds up to what transformers computed."""
-    model = {"qwen3moe": QWEN3, "qwen2moe": QWEN2, "glm4moe": GLM4, "mixtral": MIXTRAL}[family]
-    case = Case(layout=LAYOUTS["etp2"], model=replace(model, z_loss=0.1), batch=RAGGED)
+    models = {"qwen3moe": QWEN3, "qwen2moe": QWEN2, "glm4moe": GLM4, "mixtral": MIXTRAL, "gptoss": GPTOSS}
+    model, cut = models[family], "etp2" if family != "gptoss" else "ep2"
+    case = Case(layout=LAYOUTS[cut], model=replace(model, z_loss=0.1), batch=RAGGED)
     seen, plain = traced(case)["tensors"], run(case)["tensors"]
     assert all((seen[key] == plain[key]).all() for key in plain)
     for i in range(2):
         here = f"actor/layers.{i}.mlp"
         added = seen[f"forward/{here}.experts.linear_fc2"].sum((2, 3))
-        added = added + seen.get(f"forward/{here}.shared_experts", 0.0)
+        added = added + seen.get(f"forward/{here}.shared_experts", 0.0) + _second_biases(case, seen, i)
         assert (added - seen[f"forward/{here}"]).abs().max() < 1e-14
         chosen, gates = seen[f"chosen/actor/layers.{i}"], seen[f"backward/{here}.token_dispatcher"][..., -1].sum(3)
         assert (seen[f"backward/{here}.router"].gather(2, chosen) - gates).abs().max() < 1e-14
+
+
+def _second_biases(case: Case, seen: Mapping[str, torch.Tensor], layer: int) -> torch.Tensor | float:
+    """What the biases of the chosen experts add to each token, times their gates."""
+    if not case.model.biases:
+        return 0.0
+    canonical, path = weights.canonical(case.model, "actor", case.seed), f"model.layers.{layer}.mlp.experts"
+    biases = torch.stack([canonical[f"{path}.{expert}.down_proj.bias"] for expert in range(case.model.experts)])
+    gates = seen[f"forward/actor/layers.{layer}.mlp.token_dispatcher"][..., 0, -1:]
+    return (biases[seen[f"chosen/actor/layers.{layer}"]] * gates).sum(2)
 
 
 # ---- words, table and picture ----------------------------------------------------------------------------------

@@ -14,6 +14,10 @@ MODELS = {
     "qwen3moe": MoEModel(layers=2, experts=4, top_k=2, norm_topk_prob=True, heads=4, kv_heads=2, ffn=6),
     "qwen2moe": MoEModel(family="qwen2moe", layers=2, experts=3, heads=2, kv_heads=1, shared_ffn=6),
     "mixtral": MoEModel(family="mixtral", experts=4, top_k=2, norm_topk_prob=True, heads=2, tied=True),
+    "gptoss": MoEModel(
+        family="gptoss", layers=2, experts=4, top_k=2, norm_topk_prob=True, hidden=12, heads=4, kv_heads=2, ffn=6,
+        activation="quick_gelu", clamp=0.5, glu_offset=1.0, sinks="learnable", biases=True,
+    ),
     "glm4moe": MoEModel(
         family="glm4moe", layers=2, experts=4, top_k=2, norm_topk_prob=True, heads=2, kv_heads=1, ffn=6, shared_ffn=6,
         dense=(0,), dense_ffn=5, score="sigmoid", scaling=2.5, expert_groups=2, group_topk=1,
@@ -47,7 +51,8 @@ def test_the_model_is_float64_and_eager_without_dropout(family: str) -> None:
     assert config.dtype is torch.float64
     assert (config._attn_implementation, config._experts_implementation) == ("eager", "eager")
     assert config.attention_dropout == 0 and config.pad_token_id is None
-    assert not getattr(config, "sliding_window", None)
+    sliding = set(getattr(config, "layer_types", None) or ()) != {"full_attention"}
+    assert not sliding or not getattr(config, "sliding_window", None)
     assert config.rms_norm_eps == families.rms_norm_eps(family)
     assert config.rope_parameters["rope_theta"] == families.rope_theta(family)
 

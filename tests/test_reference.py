@@ -17,6 +17,10 @@ MODELS = {
     "qwen3moe": MoEModel(layers=2, experts=4, top_k=2, norm_topk_prob=True, hidden=12, heads=4, kv_heads=2, ffn=6),
     "qwen2moe": MoEModel(family="qwen2moe", layers=2, experts=3, heads=2, kv_heads=1, shared_ffn=6),
     "mixtral": MoEModel(family="mixtral", experts=4, top_k=2, norm_topk_prob=True, heads=2, tied=True),
+    "gptoss": MoEModel(
+        family="gptoss", layers=2, experts=4, top_k=2, norm_topk_prob=True, hidden=12, heads=4, kv_heads=2, ffn=6,
+        activation="quick_gelu", clamp=0.5, glu_offset=1.0, sinks="learnable", biases=True,
+    ),
     "glm4moe": MoEModel(
         family="glm4moe", layers=2, experts=4, top_k=2, norm_topk_prob=True, heads=2, kv_heads=1, ffn=6, shared_ffn=6,
         score="sigmoid", scaling=2.5, expert_groups=2, group_topk=1,

@@ -65,6 +65,12 @@ def _sizes(model: MoEModel) -> dict[str, Any]:
     }  # fmt: skip
     if model.family == "mixtral":
         return sizes | {"num_local_experts": model.experts}
+    if model.family == "gptoss":
+        return sizes | {
+            "num_local_experts": model.experts,
+            "swiglu_limit": model.clamp,
+            "layer_types": ["full_attention"] * model.layers,
+        }
     if model.family == "glm4moe":
         return sizes | _glm4moe(model)
     moe = {
@@ -120,11 +126,35 @@ def _fused(model: MoEModel, path: str, kind: str, canonical: Mapping[str, torch.
     }
     ups = torch.cat([parts[part] for part in ("gate", "up") if part in parts], dim=1)
     end = "" if kind == "weight" else "_bias"
-    return {f"{path}.gate_up_proj{end}": ups, f"{path}.down_proj{end}": parts["down"]}
+    return to_their_experts(model, {f"{path}.gate_up_proj{end}": ups, f"{path}.down_proj{end}": parts["down"]})
 
 
 def _theirs(model: MoEModel, name: str) -> str:
+    if model.family == "gptoss":
+        return name.replace(".mlp.gate.", ".mlp.router.")
     return name.replace(".mlp.shared_expert.", ".mlp.shared_experts.") if model.family == "glm4moe" else name
+
+
+def _takes_turns(model: MoEModel) -> bool:
+    """Whether the family's own experts have gates and ups in turn, and inputs before outputs."""
+    return model.family == "gptoss" and model.plain_mlp
+
+
+def to_their_experts(model: MoEModel, fused: Mapping[str, torch.Tensor]) -> Tensors:
+    """Experts of a layer with gates before ups, [E, 2F, H], as the family has them."""
+    if not _takes_turns(model):
+        return dict(fused)
+    turns = {name: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2) for name, x in fused.items() if "up" in name}
+    return {name: x.mT if name.endswith("_proj") else x for name, x in (dict(fused) | turns).items()}
+
+
+def from_their_experts(model: MoEModel, fused: Mapping[str, torch.Tensor]) -> Tensors:
+    """The inverse of `to_their_experts`."""
+    if not _takes_turns(model):
+        return dict(fused)
+    found = {name: x.mT if name.endswith("_proj") else x for name, x in fused.items()}
+    halves = {name: x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) for name, x in found.items() if "up" in name}
+    return found | halves
 
 
 def _split_experts(model: MoEModel, name: str, tensor: torch.Tensor) -> Tensors:
@@ -145,6 +175,8 @@ def from_hf(model: MoEModel, named: Mapping[str, torch.Tensor]) -> Tensors:
     canonical: Tensors = {}
     for name, tensor in named.items():
         fused = ".mlp.experts." in name
-        ours = name.replace(".mlp.shared_experts.", ".mlp.shared_expert.")
-        canonical |= _split_experts(model, name, tensor) if fused else {ours: tensor}
+        ours = name.replace(".mlp.shared_experts.", ".mlp.shared_expert.").replace(".mlp.router.", ".mlp.gate.")
+        for part, x in from_their_experts(model, {name: tensor}).items() if fused else ():
+            canonical |= _split_experts(model, part, x)
+        canonical |= {} if fused else {ours: tensor}
     return canonical

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from toy_models.checks import check_choice, check_counts, check_flags, check_reals, require
 
-FAMILIES = ("qwen3moe", "qwen2moe", "glm4moe", "mixtral")
+FAMILIES = ("qwen3moe", "qwen2moe", "glm4moe", "mixtral", "gptoss")
 SHARED = ("qwen2moe", "glm4moe")  # have a shared expert
-OWN_HEAD_DIM = ("qwen3moe", "glm4moe")  # heads * head_dim need not be the hidden size
+OWN_HEAD_DIM = ("qwen3moe", "glm4moe", "gptoss")  # heads * head_dim need not be the hidden size
 QKV_BIAS, QK_NORM, SHARED_GATE = ("qwen2moe", "glm4moe"), ("qwen3moe", "glm4moe"), ("qwen2moe",)  # what has it
+NORMALISED = ("mixtral", "gptoss")  # always normalise gates, and have no dense layers
 SCORES = ("softmax", "sigmoid")
 ACTIVATIONS = ("silu", "gelu", "relu", "squared_relu", "quick_gelu")
 AS_FAMILY = ("family", "on", "off")
@@ -120,8 +121,8 @@ class MoEModel:
             "norm_topk_prob=True with top_k=1 makes every gate 1; use norm_topk_prob=False or top_k >= 2",
         )
         require(
-            self.norm_topk_prob or self.family != "mixtral",
-            "family=mixtral always normalises its gates: norm_topk_prob must be True and top_k >= 2",
+            self.norm_topk_prob or self.family not in NORMALISED,
+            f"family={self.family} always normalises its gates: norm_topk_prob must be True and top_k >= 2",
         )
         self._check_dense()
         self._check_router()
@@ -189,13 +190,16 @@ class MoEModel:
     @property
     def plain_attention(self) -> bool:
         """Whether attention is what the family has."""
-        usual = self.has_qk_norm == (self.family in QK_NORM)
-        return usual and (self.output_gate, self.sinks, self.biases) == (False, "vanilla", False)
+        own = ("learnable", True) if self.family == "gptoss" else ("vanilla", False)
+        usual = self.has_qk_norm == (self.family in QK_NORM) and not self.output_gate
+        return usual and (self.sinks, self.biases) == own
 
     @property
     def plain_mlp(self) -> bool:
-        """Whether MLPs, experts too, are what all families have: a gated SiLU without biases."""
+        """Whether MLPs, experts too, are what the family has: a gated SiLU without biases, but for gpt-oss."""
         options = (self.activation, self.gated, self.clamp, self.glu_offset, self.biases)
+        if self.family == "gptoss":
+            return self.clamp > 0 and options == ("quick_gelu", True, self.clamp, 1.0, True)
         return options == ("silu", True, 0.0, 0.0, False)
 
     def _check_dense(self) -> None:
@@ -209,7 +213,8 @@ class MoEModel:
             (self.dense_ffn > 0) == bool(self.dense),
             f"dense_ffn={self.dense_ffn} with dense={self.dense}: dense layers need a width, and only they",
         )
-        require(self.family != "mixtral" or not self.dense, f"family=mixtral has no dense layers, got {self.dense}")
+        said = f"family={self.family} has no dense layers, got {self.dense}"
+        require(self.family not in NORMALISED or not self.dense, said)
 
     @property
     def moe(self) -> tuple[int, ...]:

@@ -51,6 +51,9 @@ def _backbone(model: MoEModel) -> tuple[PreTrainedModel, list[Routing]]:
         module = AutoModel.from_config(families.hf_config(model)).eval()
         if model.family == "glm4moe":
             _as_asked(module, model)
+        if model.family == "gptoss":
+            for layer in module.layers:
+                layer.mlp.gate = layer.mlp.router  # the same module under the other families' name
         _put_in(module, model)
     module.rotary_emb.inv_freq = module.rotary_emb.original_inv_freq = families.frequencies(model)
     seen: list[Routing] = []
@@ -76,6 +79,8 @@ def _put_in(module: PreTrainedModel, model: MoEModel) -> None:
         layer.self_attn = layer.self_attn if model.plain_attention else Attention(model)
         if i in model.moe:
             layer.mlp.gate = layer.mlp.gate if _knows(model) else Router(model)
+            if model.family == "gptoss":
+                layer.mlp.router = layer.mlp.gate
             layer.mlp.experts = layer.mlp.experts if model.plain_mlp else Experts(model)
         elif not model.plain_mlp:
             layer.mlp = MLP(model, model.dense_ffn)
@@ -86,7 +91,7 @@ def _put_in(module: PreTrainedModel, model: MoEModel) -> None:
 
 def _knows(model: MoEModel) -> bool:
     """Whether the family's own router is that of the model: GLM-4-MoE judges a group by two experts."""
-    if model.biases:
+    if model.biases != (model.family == "gptoss"):
         return False
     if model.family != "glm4moe" or model.capacity:
         return model.plain_router

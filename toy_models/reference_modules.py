@@ -138,6 +138,8 @@ class Attention(torch.nn.Module):
         if self.model.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, W, d]
+        if self.model.family == "gptoss":  # which hands on the angles of half the features
+            position_embeddings = tuple(torch.cat([part, part], dim=-1) for part in position_embeddings)
         seen = self._attended(_turned(q, *position_embeddings), _turned(k, *position_embeddings), v)
         mixed = self.core(seen.transpose(1, 2).flatten(2))
         mixed = mixed * self.g_proj(hidden_states).sigmoid() if self.model.output_gate else mixed

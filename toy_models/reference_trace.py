@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from toy_models import reference
+from toy_models import families, reference
 from toy_models import reference_packing as packing
 from toy_models import reference_update as update
 from toy_models.batching import partition
@@ -151,7 +151,7 @@ def _named(case: Any, role: str, taps: Taps, leaves: Tensors, rows: int, width: 
 def _layer(case: Any, i: int, here: packing.Kinds, leaves: Tensors) -> packing.Kinds:
     if i in case.model.dense:
         return packing.dense_layer(case.model, here)
-    experts = _below(leaves, f"model.layers.{i}.mlp.experts.")
+    experts = families.from_their_experts(case.model, _below(leaves, f"model.layers.{i}.mlp.experts."))
     return packing.layer(case.model, here, here["forward"]["chosen"], experts, case.layout.etp)
 
 

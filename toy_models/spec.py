@@ -17,6 +17,7 @@ from toy_models.layout import Layout as Layout
 from toy_models.model import ACTIVATIONS as ACTIVATIONS
 from toy_models.model import AS_FAMILY as AS_FAMILY
 from toy_models.model import FAMILIES as FAMILIES
+from toy_models.model import NORMALISED as NORMALISED
 from toy_models.model import OWN_HEAD_DIM as OWN_HEAD_DIM
 from toy_models.model import SCORES as SCORES
 from toy_models.model import SHARED as SHARED
