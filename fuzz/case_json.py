@@ -15,7 +15,7 @@ from fuzz import memory
 from fuzz.case import MOST_OPERATIONS, Case, Operation, Rollout, Update
 from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
-SCHEMA = 5
+SCHEMA = 6
 # "part.field" -> the schema that added it; every other field is of schema 1
 SINCE = {
     **dict.fromkeys(("layout.order", "layout.split", "layout.stages", "model.dense", "model.dense_ffn"), 2),
@@ -32,6 +32,7 @@ SINCE = {
     **dict.fromkeys(("model.activation", "model.gated", "model.clamp", "model.glu_offset", "model.biases"), 5),
     **dict.fromkeys(("model.qk_norm", "model.output_gate", "model.sinks"), 5),
     **dict.fromkeys(("switches.qk_scaling", "switches.fp32_residual", "switches.deterministic"), 5),
+    "model.drops": 6,
     **dict.fromkeys(("switches.shared_overlap",), 5),
 }
 TUPLES = ("layout.stages", "model.dense")  # fields that are lists of ints

@@ -174,6 +174,7 @@ DIMENSIONS: dict[str, Dimension] = {
     "bias rate": _on("model.bias_rate"),
     "scaling": _either("off", "on", lambda case: case.model.scaling != 1),
     "expert groups": Dimension(("none", "idle", "limited"), _expert_groups),
+    "drops": _either("none", "by position", lambda case: case.model.drops == "position"),
     "router dtype": _one_of("switches.router_dtype", ROUTER_DTYPES),
     "query groups": _either("many", "fewer than tp", lambda case: case.model.kv_heads < case.layout.tp),
     "activation": _one_of("model.activation", ACTIVATIONS),

@@ -10,6 +10,18 @@ SHARED = {"family": "qwen2moe", "hidden": 8, "heads": 2, "kv_heads": 2, "shared_
 
 KNOWN = (
     Known(
+        id="tokens-dropped-at-random-places",
+        upstream="docs/findings/tokens-dropped-at-random-places.md",
+        lives=("0.16.1", "0.19.2"),
+        # topk among numbers that are all 0 or 1 takes any.
+        covers=lambda case: case.model.drops == "position",
+        law="routing is valid",
+        mend=f"{MENDS}:tokens_dropped_in_order",
+        example=Case(
+            model=MoEModel(experts=3, capacity=0.5, drops="position"), batch=Batch(rows=2, prompt=6, response=6)
+        ),
+    ),
+    Known(
         id="biases-of-whole-experts",
         upstream="docs/findings/biases-of-whole-experts.md",
         lives=("0.16.1", "0.19.2"),

@@ -14,6 +14,7 @@ GPT_OSS = {
     "activation": "quick_gelu", "gated": True, "glu_offset": 1.0, "qk_norm": "family", "output_gate": False,
     "sinks": "learnable", "biases": True,
 }  # fmt: skip
+BY_POSITION = 16  # of 24 numbers, from which on experts have a capacity; the last is for drops by gates
 IDLE = 192  # of 256 numbers, from which on groups of experts are not limited
 
 
@@ -107,13 +108,14 @@ def _router(draw: Draw, busy: int, sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _capacity(draw: Draw, busy: int, sizes: Mapping[str, Any], router: Mapping[str, Any]) -> dict[str, Any]:
-    """How many copies an expert takes, from far too few to more than there are. Rarely: equal tokens at the head of
-    a row have equal gates, and where one of them is dropped it may be either, so that one case in five is inconclusive.
+    """How many copies an expert takes, from far too few to more than there are. By gates rarely: equal tokens at the
+    head of a row have equal gates, and which of them is dropped is anybody's guess: one case in five is inconclusive.
 
     Padding to capacity fails where there is room for more than all tokens (docs/findings/padding-beyond-all-tokens.md);
     and megatron counts it as load, and which tokens it takes for it is anybody's guess.
     """
     often, capacity, padded = draw(st.integers(0, 23)), switched(draw, busy, "capacity"), option(draw, busy)
-    capacity = capacity if often == 23 else 0.0
+    capacity = capacity if often >= BY_POSITION else 0.0
     padded = padded and 0 < capacity * sizes["top_k"] <= sizes["experts"] and not router["bias_rate"]
-    return {"capacity": capacity, "pad_to_capacity": padded}
+    drops = "position" if capacity and often < 23 else "probs"
+    return {"capacity": capacity, "pad_to_capacity": padded, "drops": drops}

@@ -247,6 +247,7 @@ def _fit_family(v: dict[str, Any]) -> None:
     v["clamp"], v["glu_offset"] = (v["clamp"], v["glu_offset"]) if v["gated"] else (0.0, 0.0)
     v["expert_bias"] = v["expert_bias"] if sigmoid else 0.0
     v["bias_rate"] = v["bias_rate"] if v["expert_bias"] else 0.0
+    v["drops"] = v["drops"] if v["capacity"] else "probs"
     v["pad_to_capacity"] = v["pad_to_capacity"] and 0 < v["capacity"] * v["top_k"] <= v["experts"]
     v["expert_groups"] = 0 if v["expert_groups"] and v["experts"] % v["expert_groups"] else v["expert_groups"]
     within_groups = (v["expert_groups"], v["group_topk"]) in groupings(v["experts"], v["top_k"])

@@ -75,7 +75,7 @@ def _case(draw: Draw, bag: Sequence[int], degrees: dict[str, int], pins: dict[st
     switches = _switches(draw, busy, layout, shape, pins["dispatcher"])
     model = draw_model(draw, busy, layout, sizes, pins["family"])
     overlaps = switches.shared_overlap and switches.dispatcher == "alltoall" and model.shared_ffn > 0
-    if model.capacity:
+    if model.capacity and model.drops == "probs":
         shape["micro_rows"] = 1  # equal tokens at the head of two rows of a micro-batch would be a tie
     batch = _batch(draw, busy, layout, shape)
     precision = pins["precision"] or draw(st.sampled_from(("float64", "float64", "float64", "float32")))

@@ -145,6 +145,7 @@ FILES[5] = replace(
     ),
     switches=replace(FILES[4].switches, qk_scaling=True, fp32_residual=True, deterministic=True),
 )
+FILES[6] = replace(FILES[5], model=replace(FILES[5].model, drops="position"))
 BARE = json.loads(to_json(Case()))
 
 

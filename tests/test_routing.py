@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 
-from toy_models import families, reference_model, routing, weights
+from toy_models import batching, families, reference_model, routing, weights
 from toy_models import reference_update as update
 from toy_models.precision import keep_float64
-from toy_models.spec import MoEModel, groupings
+from toy_models.spec import Layout, MoEModel, groupings
 
 SIGMOID = MoEModel(family="glm4moe", experts=6, top_k=2, norm_topk_prob=True, shared_ffn=2, score="sigmoid")
 
@@ -107,6 +107,21 @@ def test_an_expert_keeps_the_greatest_gates_of_each_shard() -> None:
     gone, margin = routing.dropped(model, gates, experts, [torch.arange(3), torch.arange(3, 6)])
     assert gone.flatten().tolist() == [False, True, False, False, False, False]
     assert margin == pytest.approx((0.7 - 0.6) / 0.7)
+
+
+def test_an_expert_keeps_the_first_copies_of_each_shard() -> None:
+    """In the shard's order, whatever the gates, and no drop is a close one."""
+    model = MoEModel(experts=2, capacity=1.0, drops="position")
+    gates = torch.tensor([[0.1], [0.6], [0.7], [0.9], [0.8], [0.5]]).double()
+    experts = torch.tensor([[0], [0], [0], [1], [0], [0]])
+    gone, margin = routing.dropped(model, gates, experts, [torch.tensor([2, 0, 1]), torch.tensor([3, 4, 5])])
+    assert gone.flatten().tolist() == [False, True, False, False, False, False]
+    assert margin == float("inf")
+
+
+def test_shards_are_in_the_order_of_megatron() -> None:
+    """[S, B]: all rows of a position, then the next; TP cuts positions."""
+    assert batching.shards(Layout(world=2, tp=2), 2, 4) == [[0, 4, 1, 5], [2, 6, 3, 7]]
 
 
 def test_loaded_biases_are_exact_in_float32() -> None:

@@ -93,13 +93,16 @@ def pad_token(model: MoEModel, batch: Batch) -> int:
 
 
 def shards(layout: Layout, rows: int, width: int, cut: bool = True) -> list[list[int]]:
-    """The tokens (indices into rows * width) that each rank of TP x CP routes; with `cut` TP cuts the sequence."""
+    """The tokens (indices into rows * width) that each rank of TP x CP routes, in its order: positions before rows.
+
+    With `cut` TP cuts the sequence.
+    """
     found = []
     for rank in range(layout.cp):
         positions = chunk_positions(width, layout.cp, rank)
         size = len(positions) // layout.tp if cut else len(positions)
         parts = [positions[at : at + size] for at in range(0, len(positions), size)]
-        found += [[row * width + p for row in range(rows) for p in part] for part in parts]
+        found += [[row * width + p for p in part for row in range(rows)] for part in parts]
     return found
 
 

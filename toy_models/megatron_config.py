@@ -55,6 +55,7 @@ def _options(model: MoEModel) -> dict[str, Any]:
         **_balancing(model),
         "moe_expert_capacity_factor": model.capacity or None,
         "moe_pad_expert_input_to_capacity": model.pad_to_capacity,
+        "moe_token_drop_policy": model.drops,
         "moe_z_loss_coeff": model.z_loss or None,
         "moe_shared_expert_intermediate_size": model.shared_ffn or None,
         **unless_usual(moe_shared_expert_gate=(model.family in SHARED_GATE, False)),  # since 0.16

@@ -15,6 +15,7 @@ NORMALISED = ("mixtral", "gptoss")  # always normalise gates, and have no dense 
 SCORES = ("softmax", "sigmoid")
 ACTIVATIONS = ("silu", "gelu", "relu", "squared_relu", "quick_gelu")
 AS_FAMILY = ("family", "on", "off")
+DROPS = ("probs", "position")
 SINKS = ("vanilla", "off-by-one", "learnable")
 
 
@@ -38,7 +39,8 @@ class MoEModel:
     (not in Mixtral). `skew` pulls tokens towards expert 0: 0 is balanced, 4 starves most other experts. `aux_loss` and
     `z_loss` are megatron's moe_aux_loss_coeff and moe_z_loss_coeff; `seq_aux_loss` and `global_aux_loss` are the
     coefficients of those load balancing types, of which several can be asked for at once. `capacity` is
-    moe_expert_capacity_factor, 0 for none, with which experts drop the copies of the smallest gates.
+    moe_expert_capacity_factor, 0 for none, with which experts drop copies; `drops` moe_token_drop_policy: those of
+    the smallest gates, or those that come last.
 
     The router, of any family: `score` is moe_router_score_function; `expert_bias` the spread of the biases that are
     loaded, 0 for none, and `bias_rate` how far they move per step; `scaling` moe_router_topk_scaling_factor;
@@ -78,6 +80,7 @@ class MoEModel:
     global_aux_loss: float = 0.0
     capacity: float = 0.0
     pad_to_capacity: bool = False
+    drops: str = "probs"
     activation: str = "silu"
     gated: bool = True
     clamp: float = 0.0
@@ -88,7 +91,7 @@ class MoEModel:
     biases: bool = False
 
     def __post_init__(self) -> None:
-        check_choice(self, family=FAMILIES, score=SCORES)
+        check_choice(self, family=FAMILIES, score=SCORES, drops=DROPS)
         check_counts(self, layers=1, experts=2, top_k=1, hidden=2, heads=1, kv_heads=1, head_dim=2, ffn=1)
         check_counts(self, shared_ffn=0, vocab=4, dense_ffn=0)
         check_flags(self, "norm_topk_prob", "tied")
@@ -97,6 +100,9 @@ class MoEModel:
         check_flags(self, "pad_to_capacity")
         require(
             self.capacity > 0 or not self.pad_to_capacity, f"pad_to_capacity needs capacity={self.capacity} above 0"
+        )
+        require(
+            self.capacity > 0 or self.drops == "probs", f"drops={self.drops!r} needs capacity={self.capacity} above 0"
         )
         check_reals(self, seq_aux_loss=(0, 100), global_aux_loss=(0, 100))
         require(self.top_k <= self.experts, f"top_k={self.top_k} exceeds experts={self.experts}")

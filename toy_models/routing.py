@@ -88,8 +88,8 @@ def dropped(
 ) -> tuple[torch.Tensor, float]:
     """Which copies [N, K] their experts have no room for, and the margin, as a share, by which the nearest was judged.
 
-    A shard has the tokens that one rank routes at a time: of these an expert takes ceil(tokens * K / E * capacity),
-    those of the greatest gates.
+    A shard has the tokens that one rank routes at a time, in order: of these an expert takes
+    ceil(tokens * K / E * capacity), those of the greatest gates or, by position, the first, which is no close choice.
     """
     gone, margin = torch.zeros_like(experts_NK, dtype=torch.bool), float("inf")
     for shard in shards:
@@ -97,10 +97,11 @@ def dropped(
         gates, experts = gates_NK.detach()[shard].double(), experts_NK[shard]
         for expert in range(model.experts):
             copies = (experts == expert).nonzero().tolist()
-            ranked = sorted(((gates[n, k].item(), n, k) for n, k in copies), reverse=True)
+            by_position = model.drops == "position"
+            ranked = sorted((-n if by_position else gates[n, k].item(), n, k) for n, k in copies)[::-1]
             for _, n, k in ranked[room:]:
                 gone[shard[n], k] = True
-            if len(ranked) > room:
+            if len(ranked) > room and not by_position:
                 last, next_ = ranked[room - 1][0], ranked[room][0]
                 margin = min(margin, (last - next_) / max(last, TINY))
     return gone, margin

@@ -16,6 +16,7 @@ from toy_models.layout import SPLITS as SPLITS
 from toy_models.layout import Layout as Layout
 from toy_models.model import ACTIVATIONS as ACTIVATIONS
 from toy_models.model import AS_FAMILY as AS_FAMILY
+from toy_models.model import DROPS as DROPS
 from toy_models.model import FAMILIES as FAMILIES
 from toy_models.model import NORMALISED as NORMALISED
 from toy_models.model import OWN_HEAD_DIM as OWN_HEAD_DIM

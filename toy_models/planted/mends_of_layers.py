@@ -6,9 +6,10 @@ from megatron.core.tensor_parallel.layers import RowParallelLinear, set_tensor_m
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
-from toy_models.planted.rewrite import after_init, rewrite
+from toy_models.planted.rewrite import after_init, rewrite, rewrite_everywhere
 
 
 def biases_added_out_of_place() -> None:
@@ -68,3 +69,11 @@ def _marked(attention: Any) -> None:
 def sinks_counted_on_every_rank() -> None:
     """Learned sinks are marked as cut over TP, so that gradient norms count them; sinks-left-out-of-the-norm.md."""
     after_init(DotProductAttention, _marked)
+
+
+def tokens_dropped_in_order() -> None:
+    """moe_token_drop_policy="position": experts keep the first of their tokens; tokens-dropped-at-random-places.md."""
+    old = "_, capacity_indices = torch.topk(\n"
+    old += "                routing_map.int(), k=expert_capacity, dim=0, sorted=False\n            )"
+    new = "capacity_indices = routing_map.int().sort(0, descending=True, stable=True).indices[:expert_capacity]"
+    rewrite_everywhere(moe_utils, "apply_router_token_dropping", (old, new))
