@@ -32,7 +32,7 @@ SINCE = {
     **dict.fromkeys(("model.activation", "model.gated", "model.clamp", "model.glu_offset", "model.biases"), 5),
     **dict.fromkeys(("model.qk_norm", "model.output_gate", "model.sinks"), 5),
     **dict.fromkeys(("switches.qk_scaling", "switches.fp32_residual", "switches.deterministic"), 5),
-    "model.drops": 6,
+    **dict.fromkeys(("model.drops", "model.sinkhorn"), 6),
     **dict.fromkeys(("switches.shared_overlap",), 5),
 }
 TUPLES = ("layout.stages", "model.dense")  # fields that are lists of ints

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fuzz import choices as st
@@ -15,6 +16,11 @@ GPT_OSS = {
     "sinks": "learnable", "biases": True,
 }  # fmt: skip
 BY_POSITION = 16  # of 24 numbers, from which on experts have a capacity; the last is for drops by gates
+BALANCED = {"score": "softmax", "scaling": 1.0, "expert_bias": 0.0, "bias_rate": 0.0, "group_topk": 0}  # by Sinkhorn
+WITHOUT: dict[str, Any] = {
+    "capacity": 0.0, "pad_to_capacity": False, "drops": "probs", "aux_loss": 0.0, "seq_aux_loss": 0.0,
+    "global_aux_loss": 0.0,
+}  # fmt: skip
 IDLE = 192  # of 256 numbers, from which on groups of experts are not limited
 
 
@@ -39,9 +45,11 @@ def draw_model(draw: Draw, busy: int, layout: Layout, sizes: Mapping[str, Any], 
     dense, dense_ffn = _dense(draw, busy, sizes["layers"]), layout.tp * count(draw, 1, 3)
     dense = () if chosen in NORMALISED else dense
     shared = layout.tp * count(draw, 2, 4)
-    router = _router(draw, busy, sizes)
+    router, sinkhorn = _router(draw, busy, sizes), draw(st.integers(0, 23)) == 23  # few tokens are a tie
+    sinkhorn = sinkhorn and chosen not in NORMALISED
+    router, normalised = (router | BALANCED, False) if sinkhorn else (router, normalised)
     normalised = normalised or chosen in NORMALISED or router["score"] == "sigmoid"
-    return MoEModel(
+    model = MoEModel(
         family=chosen,
         **sizes,
         **router,
@@ -64,6 +72,7 @@ def draw_model(draw: Draw, busy: int, layout: Layout, sizes: Mapping[str, Any], 
         dense_ffn=dense_ffn if dense else 0,
         **_layers(draw, busy, layout, chosen),
     )
+    return replace(model, sinkhorn=True, **WITHOUT) if sinkhorn else model
 
 
 def _layers(draw: Draw, busy: int, layout: Layout, family: str) -> dict[str, Any]:

@@ -253,6 +253,9 @@ def _fit_family(v: dict[str, Any]) -> None:
     within_groups = (v["expert_groups"], v["group_topk"]) in groupings(v["experts"], v["top_k"])
     v["group_topk"] = v["group_topk"] if within_groups else 0
     v["hidden"] = v["hidden"] if v["family"] in OWN_HEAD_DIM else v["heads"] * v["head_dim"]
+    losses = v["aux_loss"] or v["seq_aux_loss"] or v["global_aux_loss"]
+    other = sigmoid or v["norm_topk_prob"] or v["scaling"] != 1 or v["group_topk"] or v["capacity"] or losses
+    v["sinkhorn"] = v["sinkhorn"] and not other
     within = [layer for layer in v["dense"] if layer < v["layers"]]
     v["dense"] = () if mixtral else tuple(within[: v["layers"] - 1])
     v["dense_ffn"] = (v["dense_ffn"] or 2 * v["tp"]) if v["dense"] else 0

@@ -62,6 +62,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "capacity": (0.0, 1.0, 0.5, 2.0, 8.0),
     "pad_to_capacity": (False, True),
     "drops": DROPS,
+    "sinkhorn": (False, True),
     "activation": ACTIVATIONS,
     "gated": (True, False),
     "clamp": (0.0, 0.5, 2.0),

@@ -225,7 +225,7 @@ def _reference_key(case: Case) -> tuple:
     """What the reference depends on: of the layout the padding, and with balance losses the micro-batches."""
     width = padded_width(case.layout, case.batch)
     key = (case.model, case.batch, case.ppo, case.program, case.precision, case.seed, width)
-    if case.model.capacity:  # whom experts drop hangs on who routes together: on all of the layout
+    if case.model.routes_together:  # on all of the layout
         return (*key, case.layout, case.switches.forward_sp, case.switches.padding_mask == "padding")
     if not case.model.balance:
         return (*key, case.switches.padding_mask == "padding") if case.model.bias_rate else key

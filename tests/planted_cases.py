@@ -38,6 +38,14 @@ PLANTED: dict[str, tuple[Case, Law]] = {
     "dispatch:scaling_of_pre_softmax_alone": (Case(model=replace(TOP2, scaling=2.5)), dispatch.routing_is_valid),
     "dispatch:strongest_copies_dropped": (Case(model=DROPPING, batch=LONG, seed=1), dispatch.routing_is_valid),
     "dispatch:capacity_without_top_k": (Case(model=DROPPING, batch=LONG, seed=1), dispatch.routing_is_valid),
+    "dispatch:first_copies_dropped": (
+        Case(model=replace(DROPPING, drops="position"), batch=LONG),
+        dispatch.routing_is_valid,
+    ),
+    "dispatch:sinkhorn_ends_after_one_round": (
+        Case(model=MoEModel(experts=5, sinkhorn=True, skew=2.0), batch=Batch(rows=4, prompt=6, response=4)),
+        updates.gradients_match_the_reference,
+    ),
     "dispatch:chunks_restored_by_the_wrong_shape": (
         Case(layout=Layout(world=4, ep=2, etp=2), model=FOUR, batch=Batch(rows=4, prompt=3)),
         dispatch.combine_of_dispatch_is_the_sum_of_probabilities,

@@ -145,7 +145,7 @@ FILES[5] = replace(
     ),
     switches=replace(FILES[4].switches, qk_scaling=True, fp32_residual=True, deterministic=True),
 )
-FILES[6] = replace(FILES[5], model=replace(FILES[5].model, drops="position"))
+FILES[6] = replace(FILES[5], model=replace(FILES[5].model, drops="position"))  # sinkhorn has no capacity
 BARE = json.loads(to_json(Case()))
 
 
@@ -186,7 +186,7 @@ def test_the_kept_file_has_every_field_away_from_its_default(part: str) -> None:
     """Else a change of a default would go unseen. What cannot be had with another option is left out."""
     value, plain = (getattr(case, part) if part else case for case in (FILES[SCHEMA], Case()))
     same = {f.name for f in fields(value) if getattr(value, f.name) == getattr(plain, f.name)}
-    apart = {"switches": {"per_token", "shared_overlap"}, "model": {"clamp", "glu_offset", "biases"}}
+    apart = {"switches": {"per_token", "shared_overlap"}, "model": {"clamp", "glu_offset", "biases", "sinkhorn"}}
     assert same == apart.get(part, set())
 
 

@@ -1,5 +1,6 @@
 """The router's formulas against transformers' GLM-4-MoE, against torch.topk, and by hand where they have no other."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -122,6 +123,25 @@ def test_an_expert_keeps_the_first_copies_of_each_shard() -> None:
 def test_shards_are_in_the_order_of_megatron() -> None:
     """[S, B]: all rows of a position, then the next; TP cuts positions."""
     assert batching.shards(Layout(world=2, tp=2), 2, 4) == [[0, 4, 1, 5], [2, 6, 3, 7]]
+
+
+def test_sinkhorn_sends_a_token_where_others_do_not_want_to_go() -> None:
+    """All prefer expert 0, the last least of all: it goes to expert 1; by itself it would not, and has its own gate."""
+    model = MoEModel(experts=2, sinkhorn=True)
+    logits = torch.tensor([[3.0, 0.0], [3.0, 0.0], [1.0, 0.0]]).double()
+    assert routing.balanced(model, logits, [torch.arange(3)]).experts.flatten().tolist() == [0, 0, 1]
+    apart = routing.balanced(model, logits, [torch.tensor([0, 1]), torch.tensor([2])])
+    assert routing.choose(model, logits).experts.flatten().tolist() == [0, 0, 0]
+    assert apart.margin.shape == (3,) and (apart.margin[:2] < 1e-6).all()  # equal tokens: a tie
+    gates = routing.gates(model, logits, torch.tensor([[0], [0], [1]]))
+    assert gates.flatten().tolist() == pytest.approx([1 / (1 + math.exp(-3)), 1 / (1 + math.exp(-3)), 0.5])
+
+
+def test_sinkhorn_scores_have_equal_rows_and_nearly_equal_columns() -> None:
+    scores, stop = routing._doubly_stochastic(3 * seeded(12, 5))
+    assert scores.sum(0).tolist() == pytest.approx([1 / 5] * 5, rel=1e-6)
+    assert scores.sum(1).tolist() == pytest.approx([1 / 12] * 12, rel=1e-2)
+    assert 0 < stop < 1
 
 
 def test_loaded_biases_are_exact_in_float32() -> None:

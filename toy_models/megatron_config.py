@@ -24,6 +24,8 @@ ACTIVATIONS = {
 
 def _balancing(model: MoEModel) -> dict[str, Any]:
     """One load balancing type as a name, several as a list."""
+    if model.sinkhorn:
+        return {"moe_router_load_balancing_type": "sinkhorn", "moe_aux_loss_coeff": 0.0}
     names, coefficients = list(model.load_losses) or ["none"], list(model.load_losses.values()) or [0.0]
     several = len(names) > 1
     return {

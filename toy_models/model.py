@@ -40,7 +40,7 @@ class MoEModel:
     `z_loss` are megatron's moe_aux_loss_coeff and moe_z_loss_coeff; `seq_aux_loss` and `global_aux_loss` are the
     coefficients of those load balancing types, of which several can be asked for at once. `capacity` is
     moe_expert_capacity_factor, 0 for none, with which experts drop copies; `drops` moe_token_drop_policy: those of
-    the smallest gates, or those that come last.
+    the smallest gates, or those that come last. `sinkhorn` is the load balancing type of that name, without losses.
 
     The router, of any family: `score` is moe_router_score_function; `expert_bias` the spread of the biases that are
     loaded, 0 for none, and `bias_rate` how far they move per step; `scaling` moe_router_topk_scaling_factor;
@@ -81,6 +81,7 @@ class MoEModel:
     capacity: float = 0.0
     pad_to_capacity: bool = False
     drops: str = "probs"
+    sinkhorn: bool = False
     activation: str = "silu"
     gated: bool = True
     clamp: float = 0.0
@@ -97,7 +98,7 @@ class MoEModel:
         check_flags(self, "norm_topk_prob", "tied")
         check_reals(self, skew=(0, 100), aux_loss=(0, 100), z_loss=(0, 100))
         check_reals(self, capacity=(0, 1000))
-        check_flags(self, "pad_to_capacity")
+        check_flags(self, "pad_to_capacity", "sinkhorn")
         require(
             self.capacity > 0 or not self.pad_to_capacity, f"pad_to_capacity needs capacity={self.capacity} above 0"
         )
@@ -156,6 +157,10 @@ class MoEModel:
         said = f"bias_rate={self.bias_rate} needs an expert_bias, but expert_bias={self.expert_bias}"
         require(not self.bias_rate or self.expert_bias > 0, said)
         self._check_groups()
+        options = (self.score, self.norm_topk_prob, self.scaling, self.group_topk, self.capacity, self.load_losses)
+        said = f"(score, norm_topk_prob, scaling, group_topk, capacity, balance losses)={options}"
+        said = f"sinkhorn=True is a router of its own, without what others have: {said}"
+        require(not self.sinkhorn or options == ("softmax", False, 1.0, 0, 0.0, {}), said)
 
     def _check_groups(self) -> None:
         groups, limit, said = self.expert_groups, self.group_topk, f"expert_groups={self.expert_groups}"
@@ -180,8 +185,13 @@ class MoEModel:
     @property
     def plain_router(self) -> bool:
         """Whether the router is the plain softmax one that all families have had from the start."""
-        options = (self.score, self.expert_bias, self.scaling, self.group_topk, self.capacity)
-        return options == ("softmax", 0.0, 1.0, 0, 0.0)
+        options = (self.score, self.expert_bias, self.scaling, self.group_topk, self.capacity, self.sinkhorn)
+        return options == ("softmax", 0.0, 1.0, 0, 0.0, False)
+
+    @property
+    def routes_together(self) -> bool:
+        """Whether an expert is chosen for a token by what other tokens of the same call want."""
+        return self.capacity > 0 or self.sinkhorn
 
     @property
     def has_qkv_bias(self) -> bool:

@@ -172,9 +172,9 @@ def _update(now: Run, iteration: int, experience: Experience) -> None:
 
 
 def _forward_mini_batch(now: Run, leaves: Tensors, of: Responses, micro_batches: list[tuple[int, ...]]) -> list[Pass]:
-    """One pass per micro-batch, computed apart only where experts have a capacity, and tokens depend on each other."""
+    """One pass per micro-batch, computed apart only where tokens are routed together."""
     model, masked = now.case.model, now.case.switches.padding_mask == "padding"
-    if model.capacity:
+    if model.routes_together:
         cut = partial(shards, now.case.layout, width=of.sequences.shape[1])
         passes = [forward(model, leaves, of.sequences[list(rows)], cut(len(rows))) for rows in micro_batches]
     else:

@@ -93,7 +93,7 @@ def _knows(model: MoEModel) -> bool:
     """Whether the family's own router is that of the model: GLM-4-MoE judges a group by two experts."""
     if model.biases != (model.family == "gptoss"):
         return False
-    if model.family != "glm4moe" or model.capacity:
+    if model.family != "glm4moe" or model.routes_together:
         return model.plain_router
     two = not model.group_topk or model.top_k // model.group_topk == 2
     return model.score == "sigmoid" and two
@@ -103,9 +103,9 @@ def _routing(model: MoEModel, gate: torch.nn.Module, out: tuple[torch.Tensor, ..
     logits, _, experts = out
     if model.plain_router:
         return Routing(logits, experts)
-    margin = routing.choose(model, logits, choosing_bias(gate)).margin
+    choice = gate.choice if isinstance(gate, Router) else routing.choose(model, logits, choosing_bias(gate))
     gone, nearest = gate.drops if isinstance(gate, Router) and model.capacity else (None, float("inf"))
-    margin = margin.clamp(max=nearest)
+    margin = choice.margin.clamp(max=nearest)
     return Routing(logits, experts, margin, routing.counted(model, logits) if model.load_losses else None, gone)
 
 
@@ -122,11 +122,12 @@ def forward(
 ) -> Pass:
     """Run `tokens` [B, W] through the model; causal attention, padding neither masked nor left out.
 
-    `shards` are the tokens, indices into B * W, that are routed together, where experts have a capacity.
+    `shards` are the tokens, indices into B * W, that are routed together, where experts have a capacity, and in
+    training where loads are balanced by Sinkhorn's iteration.
     """
     module, seen = _backbone(model)
     seen.clear()
-    for layer in (module.layers[i] for i in model.moe if model.capacity):
+    for layer in (module.layers[i] for i in model.moe if model.routes_together):
         layer.mlp.gate.shards = [torch.tensor(shard) for shard in shards]
     body = {name.removeprefix("model."): w for name, w in state.items() if name.startswith("model.")}
     given = {"input_ids": tokens, "use_cache": False}

@@ -21,13 +21,19 @@ class Router(torch.nn.Module):
         self.model = model
         self.weight = torch.nn.Parameter(torch.empty(model.experts, model.hidden))
         self.bias = torch.nn.Parameter(torch.empty(model.experts)) if model.biases else None
-        self.shards: list[torch.Tensor] = []  # of the forward pass to come, where experts have a capacity
+        self.shards: list[torch.Tensor] = []  # of the forward pass to come, where tokens are routed together
         self.drops = torch.zeros(0, 0), float("inf")
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = hidden.reshape(-1, self.model.hidden) @ self.weight.T
         logits = logits if self.bias is None else logits + self.bias
-        experts = routing.choose(self.model, logits, choosing_bias(self)).experts
+        together = self.model.sinkhorn and len(self.shards) > 0  # in training only
+        self.choice = (
+            routing.balanced(self.model, logits, self.shards)
+            if together
+            else routing.choose(self.model, logits, choosing_bias(self))
+        )
+        experts = self.choice.experts
         gates = routing.gates(self.model, logits, experts)
         if self.model.capacity:
             self.drops = routing.dropped(self.model, gates, experts, self.shards)

@@ -34,6 +34,41 @@ def choose(model: MoEModel, logits_NE: torch.Tensor, bias_E: torch.Tensor | None
     return Choice(experts, torch.tensor([margin for _, margin in found], dtype=torch.float64))
 
 
+def balanced(model: MoEModel, logits_NE: torch.Tensor, shards: Sequence[torch.Tensor]) -> Choice:
+    """The top_k experts of the greatest scores that Sinkhorn's iteration makes of the logits of each shard.
+
+    Where it nearly ended one step sooner or later, scores are sure to a ten-thousandth only.
+    """
+    experts = torch.zeros(len(logits_NE), model.top_k, dtype=torch.int64)
+    margin = torch.full((len(logits_NE),), float("inf"), dtype=torch.float64)
+    for shard in shards:
+        scores, stop = _doubly_stochastic(logits_NE.detach()[shard].double())
+        for token, row in zip(shard.tolist(), scores.tolist(), strict=True):
+            chosen, near = _best(model.top_k, list(range(model.experts)), row, row)
+            experts[token], margin[token] = torch.tensor(chosen), min(near, max(stop, near / 1000))
+    return Choice(experts, margin)
+
+
+def _doubly_stochastic(logits_nE: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """exp(logits) with rows and columns scaled in turn until all rows, and nearly all columns, have one sum.
+
+    Ends when the columns' factors move by no more than 1e-4 on average (S-BASE, arXiv:2103.16716; megatron
+    `moe_utils.sinkhorn`). Also how near to that bound, as a share of the factors, it came.
+    """
+    costs, columns, moved, nearest = (
+        logits_nE.exp(),
+        torch.ones(logits_nE.shape[1]).double(),
+        float("inf"),
+        float("inf"),
+    )
+    while moved > 1e-4:
+        rows = 1 / (len(costs) * ((costs * columns).sum(1) + 1e-8))
+        former, columns = columns, 1 / (costs.shape[1] * ((costs * rows[:, None]).sum(0) + 1e-8))
+        moved = (former - columns).abs().mean().item()
+        nearest = min(nearest, abs(moved - 1e-4) / max(1.0, columns.mean().item()))
+    return costs * columns * rows[:, None], nearest
+
+
 def counted(model: MoEModel, logits_NE: torch.Tensor) -> Choice:
     """The experts for which balance losses count a token: of the greatest logits, whatever biases and groups say."""
     return choose(replace(model, expert_bias=0.0, bias_rate=0.0, group_topk=0), logits_NE)
@@ -76,6 +111,8 @@ def gates(model: MoEModel, logits_NE: torch.Tensor, experts_NK: torch.Tensor) ->
     if model.score == "sigmoid":
         scores = logits_NE.sigmoid().gather(1, experts_NK)
         found = scores / (scores.sum(-1, keepdim=True) + 1e-20) if model.top_k > 1 else scores
+    elif model.sinkhorn and model.top_k == 1:
+        found = logits_NE.sigmoid().gather(1, experts_NK)
     elif model.norm_topk_prob:
         found = logits_NE.gather(1, experts_NK).softmax(-1)
     else:

@@ -106,6 +106,30 @@ def capacity_without_top_k() -> None:
     rewrite_everywhere(moe_utils, "apply_router_token_dropping", (old, new))
 
 
+def first_copies_dropped() -> None:
+    """By position an expert without room keeps the copies that come last.
+
+    No upstream commit; an order turned round.
+    minimal: world=1
+    """
+
+    def around(original: Callable, probs: torch.Tensor, routing_map: torch.Tensor, **kwargs: Any) -> Any:
+        if kwargs["drop_policy"] != "position":
+            return original(probs, routing_map, **kwargs)
+        return tuple(x.flip(0) for x in original(probs.flip(0), routing_map.flip(0), **kwargs))
+
+    wrap(router, "apply_router_token_dropping", around)
+
+
+def sinkhorn_ends_after_one_round() -> None:
+    """Sinkhorn's iteration is no iteration: loads are balanced somewhat.
+
+    No upstream commit.
+    minimal: world=1
+    """
+    rewrite_everywhere(moe_utils, "sinkhorn", ("while error > tol:", "for _ in range(1):"))
+
+
 def chunks_restored_by_the_wrong_shape() -> None:
     """Copies come back in the wrong order where TP (of experts) and EP are both above 1 and counts are unequal.
 
