@@ -214,7 +214,7 @@ def around(fails: Callable[[Case], bool | None], case: Case = EP, **kwargs: floa
 def test_a_bug_of_one_degree_is_told_in_one_sentence() -> None:
     assert around(lambda case: case.layout.ep > 1).sentence() == (
         "fails for EP=2 and EP=4, holds for EP=1; independent of TP, ETP, PP, CP, ranks, experts, top-k, layers, "
-        "micro-batches, rows per micro-batch, prompt, response, mini-batches, epochs, seed and all 61 settings"
+        "micro-batches, rows per micro-batch, prompt, response, mini-batches, epochs, seed and all 62 settings"
     )
 
 
@@ -225,7 +225,7 @@ def test_each_dimension_that_matters_is_told_and_the_rest_is_counted() -> None:
         "fails for EP=1 and EP=2, holds for EP=4",
         "fails for max_norm=0.3, holds for max_norm=0.0 and max_norm=1.0",
         "independent of ETP, PP, CP, ranks, experts, top-k, layers, micro-batches, rows per micro-batch, prompt, "
-        "response, mini-batches, epochs, seed and the other 60 settings",
+        "response, mini-batches, epochs, seed and the other 61 settings",
         "unclear for TP=2",
     ]
     assert found.smaller == replace(case, layout=Layout(world=2))
@@ -254,7 +254,7 @@ def test_what_does_not_fit_into_the_time_is_said() -> None:
     assert found.sentence().startswith(
         "fails for EP=2 and EP=4, holds for EP=1; independent of TP; not tried: ETP, PP, CP,"
     )
-    assert found.sentence().endswith("seed and all 61 settings")
+    assert found.sentence().endswith("seed and all 62 settings")
     assert len(found.untried) == len(neighbours(EP)) - 3
     assert "| ranks |  | 2 | 4: not tried |" in found.table()
 
