@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fuzz.breakages import BREAKAGES, breakages_of
 from fuzz.broken import Broken
 from fuzz.case import Case
+from fuzz.choices import Numbered
 from fuzz.strategies import cases
 
 MOST_VALUES = 24  # of one kind of breakage
@@ -23,7 +24,8 @@ def broken_configurations(**knobs: Any) -> st.SearchStrategy[Broken]:
 
 @st.composite
 def _broken_configurations(draw: st.DrawFn, valid: st.SearchStrategy[Case]) -> Broken:
-    kind, value = draw(st.integers(0, len(BREAKAGES) - 1)), draw(st.integers(0, MOST_VALUES - 1))
+    place = Numbered(draw)
+    kind, value = place(len(BREAKAGES)), place(MOST_VALUES)
     case = _sound(draw(valid))
     found = breakages_of(case, kind)
     return Broken(case=case, overrides=found[value % len(found)])

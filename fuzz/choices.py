@@ -5,6 +5,7 @@ A script is the places of all choices of one case, in the order in which they ar
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ Draw = Callable[["Choice"], Any]
 ALTERNATIVES = 11
 LIKELY = 4
 
-FLAG = (False, True)
+WIDEST = 2**20  # values of one choice
 
 
 class Choice(NamedTuple):
@@ -26,11 +27,9 @@ class Choice(NamedTuple):
     values: Sequence[Any]
 
     @property
-    def strategy(self) -> st.SearchStrategy:
-        """Shrinks towards the first. Made late: a script needs none, and making takes longer than choosing."""
-        if isinstance(self.values, range):
-            return st.integers(self.values[0], self.values[-1])
-        return st.booleans() if self.values is FLAG else st.sampled_from(self.values)
+    def alone(self) -> int:
+        """The only value, where it is an int."""
+        return self.values[0] if isinstance(self.values, range) else 0
 
 
 def integers(least: int, most: int) -> Choice:
@@ -45,12 +44,33 @@ def sampled_from(values: Sequence[Any]) -> Choice:
 
 def booleans() -> Choice:
     """False, or True."""
-    return Choice(FLAG)
+    return Choice((False, True))
+
+
+class Numbered:
+    """Places from Hypothesis, each choice among numbers that no other choice of the case has.
+
+    Hypothesis copies what was drawn by one strategy to where an equal one was drawn, five times for each case drawn
+    anew, as equal arguments are a good idea where lists are sorted. Here a learning rate would be copied to the number
+    of heads: four cases in five were the one before it but for one setting, or for none. Ranges that differ are
+    strategies that differ, and nothing is copied.
+    """
+
+    def __init__(self, draw: Callable[[st.SearchStrategy], Any]) -> None:
+        self._draw, self._made = draw, count()
+
+    def __call__(self, number: int, alone: int = 0) -> int:
+        """A place below `number`; shrinks towards 0. Where there is one place the choice is that of `alone`."""
+        first = next(self._made) * WIDEST
+        if number == 1:  # a choice all the same, which `sampled_from` would not make
+            return int(self._draw(st.integers(alone, alone))) - alone
+        return int(self._draw(st.sampled_from(range(first, first + number)))) - first
 
 
 def drawn(draw: Callable[[st.SearchStrategy], Any]) -> Draw:
     """Hypothesis chooses."""
-    return lambda choice: draw(choice.strategy)
+    place = Numbered(draw)
+    return lambda choice: choice.values[place(len(choice.values), choice.alone)]
 
 
 class Scripted:
@@ -71,13 +91,11 @@ class Scripted:
 
 def below(draw: Callable[[st.SearchStrategy], Any], script: Script) -> Draw:
     """Hypothesis chooses: mostly what the script does, now and then what is simpler, never what is not."""
-    places = iter(script)
+    places, number = iter(script), Numbered(draw)
 
     def choose(choice: Choice) -> Any:
         place, last = next(places), len(choice.values) - 1
-        if not last:
-            return draw(choice.strategy)
-        tried = draw(st.integers(0, max(ALTERNATIVES - 1, LIKELY * place)))
+        tried = number(1 + max(ALTERNATIVES - 1, LIKELY * place) if last else 1, choice.alone)
         return choice.values[min(tried, place, last)]
 
     return choose

@@ -104,7 +104,7 @@ TABLE = {
     "fuzz.forking": Row("fuzz.case"),
     "fuzz.broken": Row("fuzz.case fuzz.order"),
     "fuzz.breakages": Row("fuzz.broken fuzz.case fuzz.order toy_models.batching"),
-    "fuzz.broken_strategies": Row("hypothesis.* fuzz.breakages fuzz.broken fuzz.case fuzz.strategies"),
+    "fuzz.broken_strategies": Row("hypothesis.* fuzz.breakages fuzz.broken fuzz.case fuzz.choices fuzz.strategies"),
     "fuzz.refuse": Row(
         "torch.* megatron.core.* fuzz.broken fuzz.drive fuzz.pulse toy_models.batching toy_models.megatron "
         "toy_models.megatron_config toy_models.passes toy_models.releases"
@@ -175,7 +175,9 @@ TABLE = {
     "fuzz.functions.judge": Row("torch.* fuzz.case fuzz.functions.* fuzz.laws.* fuzz.trial"),
     "fuzz.functions.known": Row("fuzz.case fuzz.known fuzz.functions.call toy_models.spec"),
     "fuzz.functions.run": Row("torch.* torch.distributed.* megatron.core.* fuzz.drive fuzz.refuse fuzz.functions.*"),
-    "fuzz.functions.strategies": Row("hypothesis.* fuzz.functions.* toy_models.coordinates toy_models.spec"),
+    "fuzz.functions.strategies": Row(
+        "hypothesis.* fuzz.choices fuzz.functions.* toy_models.coordinates toy_models.spec"
+    ),
     "fuzz.functions.*": PROMISED,
     "fuzz.deep": Row(),
     "fuzz.deep.schema": Row(),

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from itertools import pairwise
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import Phase, find, given, settings
+from hypothesis import HealthCheck, Phase, find, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
@@ -433,3 +434,29 @@ def test_drawing_needs_neither_torch_nor_megatron() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+@pytest.mark.parametrize("start", range(3))
+def test_cases_are_drawn_anew_and_not_copied_from_one_another(start: int) -> None:
+    """Hypothesis copies choices to where equal ones are made: four in five cases were nearly those before them."""
+    found: list[Case] = []
+
+    @seed(start)
+    @settings(max_examples=60, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(cases())
+    def collect(case: Case) -> None:
+        found.append(case)
+
+    collect()
+    apart = [
+        sum(a != b for a, b in zip(_settings(one), _settings(other), strict=True)) for one, other in pairwise(found)
+    ]
+    alike = sum(number <= 2 for number in apart)
+    assert alike <= len(found) // 10, (
+        f"{alike} of {len(found)} cases differ from the one before in at most two settings"
+    )
+
+
+def _settings(case: Case) -> list[object]:
+    parts = (case.layout, case.model, case.batch, case.ppo, case.switches)
+    return [*(value for part in parts for value in vars(part).values()), case.precision, case.twin, case.seed]

@@ -9,6 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from fuzz.choices import Numbered
 from fuzz.functions.call import Call
 from fuzz.functions.families import promise_of
 from toy_models.coordinates import groups
@@ -58,10 +59,11 @@ def calls(*, function: str, world: int) -> st.SearchStrategy[Call]:
 
 @st.composite
 def _calls(draw: st.DrawFn, function: str, world: int) -> Call:
-    layout, promise = _layout(draw, world), promise_of(function)
-    rows = [_some(promise.rows, draw(st.integers(0, VALUES))) for _ in range(MOST_ROWS)]
-    values = [draw(st.integers(0, VALUES)) for _ in range(ARGUMENTS)]
-    dtype, group, contiguous = (draw(st.integers(0, VALUES)) for _ in range(3))
+    place = Numbered(draw)
+    layout, promise = _layout(place, world), promise_of(function)
+    rows = [_some(promise.rows, place(1 + VALUES)) for _ in range(MOST_ROWS)]
+    values = [place(1 + VALUES) for _ in range(ARGUMENTS)]
+    dtype, group, contiguous = (place(1 + VALUES) for _ in range(3))
     call = Call(
         function=function,
         layout=layout,
@@ -70,14 +72,14 @@ def _calls(draw: st.DrawFn, function: str, world: int) -> Call:
         rows=tuple(rows[: layout.world] if promise.uneven else rows[:1] * layout.world),
         contiguous=_some(promise.contiguous, contiguous),
         group=_some(_groups(layout, promise.groups), group),
-        seed=draw(st.integers(0, SEEDS)),
+        seed=place(1 + SEEDS),
     )
     return promise.fit(call)
 
 
-def _layout(draw: st.DrawFn, world: int) -> Layout:
+def _layout(place: Numbered, world: int) -> Layout:
     fewer = [layout for ranks, layouts in LAYOUTS.items() if ranks < world for layout in layouts]
-    often, one, other = (draw(st.integers(0, most)) for most in (OFTEN - 1, max(1, len(fewer) - 1), VALUES))
+    often, one, other = (place(1 + most) for most in (OFTEN - 1, max(1, len(fewer) - 1), VALUES))
     if fewer and not often:
         return _some(fewer, one)
     return _some(LAYOUTS[world], other)
