@@ -7,6 +7,7 @@ are plain tensors and numbers under the keys of `docs/ppo.md`; nothing is gather
 import contextlib
 import hashlib
 import importlib
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -49,6 +50,12 @@ def start(rank: int, world: int, store_path: str, plants: tuple[str, ...] = ()) 
         recorder.apply(pulse.own)
     store = dist.FileStore(store_path, world)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
+
+
+def start_on_cpu(rank: int, world: int, store_path: str, plants: tuple[str, ...] = ()) -> None:
+    """The same on a host with GPUs as if it had none."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    start(rank, world, store_path, plants)
 
 
 def _plant(plant: str) -> None:

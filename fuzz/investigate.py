@@ -14,12 +14,12 @@ from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from fuzz import divergence, heatmap, known, neighbourhood, repro
+from fuzz import device, divergence, heatmap, known, neighbourhood, repro
 from fuzz.case import Case, HarnessFault, Violation
 from fuzz.folders import Folders, write
 from fuzz.report import AGAIN, Report
 from fuzz.timebox import Failure
-from fuzz.trial import Trials
+from fuzz.trial import Trials, Verdict
 
 Step = Callable[[Report, Trials, Path], Report]
 
@@ -35,7 +35,7 @@ def investigate(failure: Failure, trials: Trials, folders: Folders, seconds: flo
     report = Report(failure.violation, plants=_planted(trials), commit=commit())
     report = replace(report, neighbourhood=around.sentence(), neighbours=around.table())
     folder = folders.keep(failure)
-    for step in (_again, _diverge, _script):
+    for step in (_again, _on_cpu, _diverge, _script):
         report = _tried(step, report, trials, folder, folders)
     try:
         write(folder / "report.md", str(report))
@@ -89,6 +89,26 @@ def _again(report: Report, trials: Trials, folder: Path) -> Report:
     """How often the case fails when it is really run again, with twice the patience."""
     verdicts = [trials.judge(report.violation.case, times_patience=2.0) for _ in range(AGAIN)]
     return replace(report, runs=(sum(_same(report.violation, v.violation) for v in verdicts), AGAIN))
+
+
+def _on_cpu(report: Report, trials: Trials, folder: Path) -> Report:
+    """Of what failed on GPUs: whether the case breaks a law in float64 on the CPU too."""
+    if device.name() == "cpu":
+        return report
+    with contextlib.closing(trials.on_cpu()) as pools:
+        verdict = pools.judge(replace(report.violation.case, precision="float64"))
+    return replace(report, classified=classified(verdict))
+
+
+def classified(verdict: Verdict) -> str:
+    """What a verdict in float64 on the CPU says of a failure on GPUs."""
+    if verdict.violation is not None:
+        return f"logic: fails on CPU too, in float64 ({verdict.violation.law})"
+    if verdict.doubts:
+        return (
+            f"not told apart: on the CPU, in float64, part of the case cannot be judged ({'; '.join(verdict.doubts)})"
+        )
+    return "kernel, stream or precision: GPU only; on the CPU, in float64, the case holds"
 
 
 def _diverge(report: Report, trials: Trials, folder: Path) -> Report:

@@ -27,6 +27,7 @@ class Report:
     script: str = ""  # what the script is and what it said
     plants: tuple[str, ...] = ()
     commit: str = ""
+    classified: str = ""  # logic, or GPU only; empty where there is no GPU
     missing: Sequence[str] = ()  # what could not be found out, and why
 
     def __str__(self) -> str:
@@ -57,7 +58,14 @@ class Report:
     def _again(self) -> str:
         failed, times = self.runs
         flaky = "" if failed == times else ": **it does not fail every time**"
-        return f"\n\nRun again {times} times, it failed {failed} times ({failed}/{times}){flaky}." if times else ""
+        return (
+            f"\n\nRun again {times} times, it failed {failed} times ({failed}/{times}){flaky}.{self._classified()}"
+            if times
+            else self._classified()
+        )
+
+    def _classified(self) -> str:
+        return f"\n\nOn GPUs. {self.classified}." if self.classified else ""
 
     def _way(self) -> str:
         if not self.divergence:

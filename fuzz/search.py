@@ -126,4 +126,5 @@ class Search:
 def _again(report: Report | None) -> str:
     if report is None:
         return "interrupted: not run again"
-    return "run again, it failed {} of {} times".format(*report.runs) if report.runs[1] else "not run again"
+    again = "run again, it failed {} of {} times".format(*report.runs) if report.runs[1] else "not run again"
+    return f"{again}; {report.classified}" if report.classified else again

@@ -48,10 +48,13 @@ class _Seen(NamedTuple):
 
 
 class Trials:
-    """The pools of rank processes and the reference's process, warm for one run; `plants` are applied in every rank."""
+    """The pools of rank processes and the reference's process, warm for one run; `plants` are applied in every rank.
 
-    def __init__(self, plants: tuple[str, ...] = ()) -> None:
-        self.plants = plants
+    `start` makes a rank ready: on a GPU where there is one.
+    """
+
+    def __init__(self, plants: tuple[str, ...] = (), start: str = "fuzz.drive:start") -> None:
+        self.plants, self._start = plants, start
         self._pools: OrderedDict[int, Ranks] = OrderedDict()
         self._truth: Ranks | None = None
         self._references: OrderedDict[tuple, Observation] = OrderedDict()
@@ -119,6 +122,10 @@ class Trials:
         )
         return seen
 
+    def on_cpu(self) -> "Trials":
+        """Pools of the same system on the CPU, whatever this host has."""
+        return Trials(self.plants, "fuzz.drive:start_on_cpu")
+
     def close(self) -> None:
         """End all processes."""
         for pool in [*self._pools.values(), *([self._truth] if self._truth else [])]:
@@ -156,8 +163,7 @@ class Trials:
     def _pool(self, world: int) -> Ranks:
         if world not in self._pools:
             self._make_room()
-            start = "fuzz.drive:start"
-            self._pools[world] = Ranks(world, start=start, plants=self.plants)
+            self._pools[world] = Ranks(world, start=self._start, plants=self.plants)
         self._pools.move_to_end(world)
         return self._pools[world]
 

@@ -133,8 +133,8 @@ TABLE = {
     ),
     "fuzz.folders": Row("fuzz.case_files fuzz.case_json fuzz.timebox"),
     "fuzz.investigate": Row(
-        "fuzz.case fuzz.divergence fuzz.folders fuzz.heatmap fuzz.known fuzz.neighbourhood fuzz.report fuzz.repro "
-        "fuzz.timebox fuzz.trial"
+        "fuzz.case fuzz.device fuzz.divergence fuzz.folders fuzz.heatmap fuzz.known fuzz.neighbourhood fuzz.report "
+        "fuzz.repro fuzz.timebox fuzz.trial"
     ),
     "fuzz.progress": Row("rich.* fuzz.case fuzz.timebox toy_models.spec"),
     "fuzz.report": Row("fuzz.case fuzz.laws"),
