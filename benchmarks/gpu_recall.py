@@ -50,6 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--rows", type=int, default=12, help="rows that are tried for one bug")
+    parser.add_argument("--bugs", default="", metavar="A,B", help="only these, by id")
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--parts", type=int, default=1)
     parser.add_argument("--precision", default="", help="of all rows; as they have it unless given")
@@ -57,7 +58,8 @@ def main() -> int:
     device.choose()
     console.print("\n".join(device.told()), markup=False)
     sizes = {bug.id: (minimal_layout(bug) or Layout()).world for bug in plants.in_package()}
-    bugs = [bug for bug in plants.in_package() if sizes[bug.id] <= 2][asked.part :: asked.parts]
+    named = set(filter(None, asked.bugs.split(","))) or set(sizes)
+    bugs = [bug for bug in plants.in_package() if sizes[bug.id] <= 2 and bug.id in named][asked.part :: asked.parts]
     rows = [row.case for row in rows_in_turn()]
     if asked.precision:
         rows = [replace(case, precision=asked.precision) for case in rows]

@@ -31,10 +31,14 @@ BOUNDS = {
     "float32": {"forward": 2e-5, "gradient": 2e-4, "clipped": 2e-4, "norm": 2e-4, "step": 2e-5},
 }
 FLOOR = {"float64": 1e-3, "float32": 5e-2}
+UNIT = {"float64": 2.0**-52, "float32": 2.0**-23}
 ROUNDING = {"float64": 1e-15, "float32": 1e-6}  # of a gradient, as a share of the greatest one
 # A discrete choice (expert, token, clip branch) nearer than this to its edge may fall either way.
 EDGES = {"float64": {"before": 1e-9, "after": 1e-6}, "float32": {"before": 1e-5, "after": 1e-5}}
 ILL = 8.0  # times the movement of the reference under a nudge of one unit in the last place
+# Where a case is judged by that movement from the start (`Trial.judge`: float32 on GPUs) no bound is set by hand: it is
+# FACTOR times the movement of the tensor itself, and at least so many units in the last place of its scale.
+DERIVED, FACTOR, UNITS = "derived", 16.0, 32.0
 
 
 class Finding(NamedTuple):
@@ -165,9 +169,16 @@ def trained(case: Case, rank: int, rows: Sequence[int]) -> torch.Tensor:
     return own[(starts + torch.arange(case.batch.response) - 1).clamp(max=width - 1)]
 
 
+def base_of(case: Case, reference: Observation, kind: str) -> float:
+    """The bound of a kind before the movement of the reference: as measured, or some units where it is derived."""
+    measured = BOUNDS[case.precision][kind]
+    return min(measured, UNITS * UNIT[case.precision]) if reference.numbers.get(DERIVED) else measured
+
+
 def bound_of(reference: Observation, key: str, base: float, scale: float) -> float:
-    """The bound on a tensor: the base, or what the reference itself moves by under a nudge, times ILL."""
-    return max(base, ILL * reference.numbers.get(f"moved/{key}", 0.0) / max(scale, 1e-300))
+    """The bound on a tensor: the base, or what the reference itself moves by under a nudge, times ILL or FACTOR."""
+    times = FACTOR if reference.numbers.get(DERIVED) else ILL
+    return max(base, times * reference.numbers.get(f"moved/{key}", 0.0) / max(scale, 1e-300))
 
 
 def differs(

@@ -6,8 +6,8 @@ import torch
 
 from fuzz.case import Case, Observation, Violation
 from fuzz.laws.compare import (
-    BOUNDS,
     Finding,
+    base_of,
     bound_of,
     certain_iterations,
     compare,
@@ -34,7 +34,7 @@ def _cut(case: Case, rank: int, name: str, truth: torch.Tensor) -> torch.Tensor:
 def _compare_rows(
     case: Case, ranks: Sequence[Observation], reference: Observation, i: int, names: Sequence[str]
 ) -> Finding | None:
-    base = BOUNDS[case.precision]["clipped" if i > 0 and case.ppo.max_norm else "forward"]
+    base = base_of(case, reference, "clipped" if i > 0 and case.ppo.max_norm else "forward")
     for name in names:
         key = f"{i}/{name}"
         truth = reference.tensors[key]

@@ -14,6 +14,7 @@ from fuzz.laws.compare import (
     TRAINED,
     Finding,
     Step,
+    base_of,
     bound_of,
     certain_steps,
     compare,
@@ -36,7 +37,7 @@ def _base(case: Case, reference: Observation, step: Step, kind: str) -> float:
     """The bound of a kind before conditioning: looser after a clipped step, and by what Adam makes of rounding."""
     after = kind in ("weight", *_states(case))
     clipped = case.ppo.max_norm and (after or step.iteration + step.step > 0)
-    base = BOUNDS[case.precision]["clipped" if clipped else "gradient"]
+    base = base_of(case, reference, "clipped" if clipped else "gradient")
     # A square doubles the relative error of what is squared.
     return max(base * (2 if kind == "exp_avg_sq" else 1), _adam_noise(case, reference, step, after))
 
@@ -102,7 +103,7 @@ def gradient_norm_is_that_of_the_observed_gradients(
 
 def gradient_norm_matches_the_reference(case: Case, ranks: Sequence[Observation], reference: Observation) -> int:
     """The reported norm, and so the clip coefficient, is the reference's on every rank."""
-    base, judged = BOUNDS[case.precision]["norm"], 0
+    base, judged = base_of(case, reference, "norm"), 0
     for step in certain_steps(case, reference):
         for role in TRAINED:
             key = f"{step.key}/{role}_norm"
