@@ -10,12 +10,13 @@ from fuzz.case import Case, Observation, Violation
 from fuzz.laws import judge
 from fuzz.laws.compare import BOUNDS, DERIVED, FACTOR, UNIT, UNITS, base_of, bound_of
 from fuzz.trial import Trials
-from toy_models.spec import PPO, Batch, Layout
+from toy_models.spec import PPO, Batch, Layout, MoEModel
 
 CASES = [
     Case(layout=Layout(world=2, ep=2), batch=Batch(rows=2), precision="float32"),
     Case(
-        layout=Layout(world=2, tp=2, etp=2), batch=Batch(rows=4, response=3),
+        layout=Layout(world=2, tp=2, etp=2), model=MoEModel(heads=2, kv_heads=2),
+        batch=Batch(rows=4, response=3),
         ppo=PPO(mini_batches=2, optimizer="adam", eps=1e-4, max_norm=0.3), precision="float32",
     ),
 ]  # fmt: skip
