@@ -32,6 +32,20 @@ KNOWN = (
         example=Case(model=MoEModel(biases=True), batch=BATCH),
     ),
     Known(
+        id="biases-recomputed-without-end",
+        upstream="docs/findings/biases-recomputed-without-end.md",
+        lives=("0.16.1",),
+        # A checkpoint returns the bias itself, which autograd makes its output: its backward pass asks for itself.
+        covers=lambda case: case.model.biases and bool(case.model.dense) and case.switches.recompute in ("mlp", "all"),
+        law="every rank finishes",
+        mend=f"{MENDS}:biases_handed_on_as_views",
+        example=Case(
+            model=MoEModel(layers=2, dense=(1,), dense_ffn=3, biases=True),
+            batch=BATCH,
+            switches=Switches(recompute="mlp"),
+        ),
+    ),
+    Known(
         id="biases-of-other-experts",
         upstream="docs/findings/biases-of-other-experts.md",
         lives=("0.16.1", "0.19.2"),

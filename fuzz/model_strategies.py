@@ -19,7 +19,7 @@ BY_POSITION = 16  # of 24 numbers, from which on experts have a capacity; the la
 BALANCED = {"score": "softmax", "scaling": 1.0, "expert_bias": 0.0, "bias_rate": 0.0, "group_topk": 0}  # by Sinkhorn
 WITHOUT: dict[str, Any] = {
     "capacity": 0.0, "pad_to_capacity": False, "drops": "probs", "aux_loss": 0.0, "seq_aux_loss": 0.0,
-    "global_aux_loss": 0.0,
+    "global_aux_loss": 0.0, "skew": 0.0,
 }  # fmt: skip
 IDLE = 192  # of 256 numbers, from which on groups of experts are not limited
 

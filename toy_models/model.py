@@ -30,6 +30,9 @@ def groupings(experts: int, top_k: int) -> list[tuple[int, int]]:
     return [(g, k) for g, k in pairs if top_k // k <= experts // g and top_k <= k * (experts // g)]
 
 
+MOST_SKEW = 2.0  # that Sinkhorn's algorithm takes
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoEModel:
     """One mixture-of-experts decoder; actor, critic, reference and reward model share it and differ in weights.
@@ -161,6 +164,9 @@ class MoEModel:
         said = f"(score, norm_topk_prob, scaling, group_topk, capacity, balance losses)={options}"
         said = f"sinkhorn=True is a router of its own, without what others have: {said}"
         require(not self.sinkhorn or options == ("softmax", False, 1.0, 0, 0.0, {}), said)
+        # Factors are huge where logits lie far apart, and megatron's loop goes on until they move by 1e-4 at most.
+        said = f"sinkhorn=True never ends where logits lie far apart: skew={self.skew} must be at most {MOST_SKEW}"
+        require(not self.sinkhorn or self.skew <= MOST_SKEW, said)
 
     def _check_groups(self) -> None:
         groups, limit, said = self.expert_groups, self.group_topk, f"expert_groups={self.expert_groups}"

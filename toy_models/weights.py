@@ -125,16 +125,16 @@ FIRST, LAST = ("model.embed_tokens.weight",), ("model.norm.weight", "score.weigh
 
 
 _FROZEN = {
-    "router": ".mlp.gate.",
-    "experts": ".mlp.experts.",
-    "attention": ".self_attn.",
-    "embedding": ".embed_tokens.",
+    "router": (".mlp.gate.", ".mlp.router."),  # gpt-oss calls it so
+    "experts": (".mlp.experts.",),
+    "attention": (".self_attn.",),
+    "embedding": (".embed_tokens.",),
 }
 
 
 def is_frozen(frozen: str, name: str) -> bool:
     """Whether a tensor, under its canonical or transformers' name, is among those that `PPO.frozen` names."""
-    return frozen != "none" and _FROZEN[frozen] in name
+    return frozen != "none" and any(part in name for part in _FROZEN[frozen])
 
 
 def expert_of(name: str) -> int | None:

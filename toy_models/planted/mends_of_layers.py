@@ -21,6 +21,15 @@ def biases_added_out_of_place() -> None:
     rewrite(MLP, "forward", (old + scaled, f"output = output + ({scaled}).to(output.dtype)"))  # gates may be float64
 
 
+def biases_handed_on_as_views() -> None:
+    """recompute_modules with "mlp": a checkpoint returns a view of the second bias, not the parameter.
+
+    docs/findings/biases-recomputed-without-end.md.
+    """
+    old = "return output, output_bias"
+    rewrite(MLP, "forward", (old, f"{old} if output_bias is None else output_bias.view_as(output_bias)"))
+
+
 def _of_one_expert(linear: Any) -> None:
     if linear.is_expert and linear.bias is not None:
         linear.bias.sequence_parallel = False
