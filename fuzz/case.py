@@ -112,11 +112,11 @@ def twin_of(case: Case) -> Case:
 def _in_sequence(switches: Switches) -> Switches:
     """Nothing overlaps or is recomputed, but for what changes the order of a sum, and so its last bit.
 
-    Recomputed norms are nodes of their own in autograd, before which gradients meet in another order. The buckets of a
-    distributed optimizer say who owns what, and so how a norm is summed. An overlapped shared expert sends its gradient
-    back before the others do.
+    Recomputed norms and shared experts are nodes of their own in autograd, before which gradients meet in another
+    order. The buckets of a distributed optimizer say who owns what, and so how a norm is summed. An overlapped shared
+    expert sends its gradient back before the others do.
     """
-    if switches.recompute not in ("layernorm", "all"):
+    if switches.recompute not in ("layernorm", "shared_experts", "all"):
         switches = replace(switches, recompute="none", recompute_layers=0)
     switches = replace(switches, check_nan=False, deterministic=False)
     if switches.distributed and switches.bucket:

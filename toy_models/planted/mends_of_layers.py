@@ -84,5 +84,7 @@ def tokens_dropped_in_order() -> None:
     """moe_token_drop_policy="position": experts keep the first of their tokens; tokens-dropped-at-random-places.md."""
     old = "_, capacity_indices = torch.topk(\n"
     old += "                routing_map.int(), k=expert_capacity, dim=0, sorted=False\n            )"
-    new = "capacity_indices = routing_map.int().sort(dim=0, descending=True, stable=True).indices[:expert_capacity]"
+    # On as many lines: where a check below raises is told by its line.
+    new = "capacity_indices = routing_map.int().sort(\n"
+    new += "                dim=0, descending=True, stable=True\n            ).indices[:expert_capacity]"
     rewrite_everywhere(moe_utils, "apply_router_token_dropping", (old, new))
