@@ -134,7 +134,7 @@ KNOWN: tuple[Known, ...] = (
         id="no-micro-batches",
         upstream="docs/findings/refusal-by-silence.md",
         covers=lambda broken: (broken.get("schedule.num_microbatches") or 0) <= 0 and "num_micro" in broken.names,
-        laws=(RIGHT, READ, CHECK, ALIKE, ENDS),
+        laws=(RIGHT, READ, CHECK, ALIKE, ENDS, BEFORE),  # check_for_nan_in_grad notices, at the end of a step
         example=_broken(ONE, schedule__num_microbatches=0),
     ),
     Known(
@@ -162,7 +162,7 @@ KNOWN: tuple[Known, ...] = (
         id="no-check-at-all",
         upstream="docs/findings/refusal-deep-inside.md",
         covers=lambda broken: _no_check(broken) or _impossible_groups(broken),
-        laws=(CHECK, ALIKE, BEFORE),  # with check_for_nan_in_grad the step notices, where it is over
+        laws=(CHECK, ALIKE, BEFORE),  # check_for_nan_in_grad notices, at the end of a step
         example=_broken(ONE, config__moe_router_topk=3),
     ),
     Known(
