@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from asked import one_or_more
 from hypothesis import HealthCheck, Phase, given, settings
 from rich.console import Console
 from rich.table import Table
@@ -65,7 +64,7 @@ def drawn(tally: Tally, function: str, world: int, examples: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--examples", type=one_or_more, default=5000)
+    parser.add_argument("--examples", type=int, default=5000)
     parser.add_argument("--ranks", default="1,2,4")
     parser.add_argument("--only", default="", help="functions whose name has this in it")
     asked = parser.parse_args(arguments)

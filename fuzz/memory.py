@@ -21,6 +21,7 @@ def weights(model: MoEModel) -> int:
     """Numbers in the weights of one role, token head and biases included."""
     heads, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
     attention = (3 * heads + 2 * keys) * model.hidden + 2 * heads + 2 * keys + 2 * model.head_dim
+    attention += model.heads * (model.sinks == "learnable")
     moe = (model.experts * (3 * model.ffn + 1) + 3 * model.shared_ffn + 1) * model.hidden
     moe += model.experts * (2 * model.ffn + model.hidden + 1) * model.biases
     mlps = len(model.moe) * moe + len(model.dense) * 3 * model.dense_ffn * model.hidden

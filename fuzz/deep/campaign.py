@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import socket
 import sqlite3
 import time
@@ -216,8 +217,8 @@ class Campaign:
         """What is known of a failure so far; a folder of another name takes the place of the one before."""
         before = self._db.execute("SELECT folder FROM failures WHERE id=?", (failure,)).fetchone()[0]
         place = self.folder / "failures" / folder
-        if before and before != folder and (old := self.folder / "failures" / before).exists() and not place.exists():
-            old.rename(place)
+        if before and before != folder:
+            self._leave(failure, self.folder / "failures" / before, place)
         place.mkdir(exist_ok=True)
         for name, data in files.items():
             part = place / f".{Path(name).name}.part"
@@ -226,6 +227,16 @@ class Campaign:
         with self._db:
             now = (folder, layout, sentence, failure)
             self._db.execute("UPDATE failures SET folder=?, layout=?, sentence=? WHERE id=?", now)
+
+    def _leave(self, failure: int, old: Path, place: Path) -> None:
+        """A folder that no other failure has becomes the new one, or goes where that is there already."""
+        others = self._db.execute("SELECT count(*) FROM failures WHERE folder=? AND id!=?", (old.name, failure))
+        if others.fetchone()[0] or not old.exists():
+            return
+        if place.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(place)
 
     def found(self, failure: int) -> None:
         """A failure is shrunk and has its report; one that came to the same folder as an earlier one is the same."""
