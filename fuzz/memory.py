@@ -20,12 +20,13 @@ NUMBER = 8  # bytes; the reference is float64 whatever the case is
 def weights(model: MoEModel) -> int:
     """Numbers in the weights of one role, token head and biases included."""
     heads, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    attention = (3 * heads + 2 * keys) * model.hidden + 2 * heads + 2 * keys + 2 * model.head_dim
-    attention += model.heads * (model.sinks == "learnable")
-    moe = (model.experts * (3 * model.ffn + 1) + 3 * model.shared_ffn + 1) * model.hidden
+    attention = ((2 + model.output_gate) * heads + 2 * keys) * model.hidden + 2 * heads + 2 * keys + 2 * model.head_dim
+    attention += model.heads * (model.sinks == "learnable") + (heads + model.hidden) * model.biases
+    up = 2 + model.gated
+    moe = (model.experts * (up * model.ffn + 1) + up * model.shared_ffn + 1) * model.hidden
     moe += model.experts * (2 * model.ffn + model.hidden + 1) * model.biases
-    mlps = len(model.moe) * moe + len(model.dense) * 3 * model.dense_ffn * model.hidden
-    return (2 * model.vocab + 1) * model.hidden + model.layers * (attention + 2 * model.hidden) + mlps
+    mlps = len(model.moe) * moe + len(model.dense) * up * model.dense_ffn * (model.hidden + model.biases)
+    return ((2 - model.tied) * model.vocab + 2) * model.hidden + model.layers * (attention + 2 * model.hidden) + mlps
 
 
 def _names(model: MoEModel) -> int:
