@@ -45,6 +45,7 @@ def draw_model(draw: Draw, busy: int, layout: Layout, sizes: Mapping[str, Any], 
     dense, dense_ffn = _dense(draw, busy, sizes["layers"]), layout.tp * count(draw, 1, 3)
     dense = () if chosen in NORMALISED else dense
     shared = layout.tp * count(draw, 2, 4)
+    # One in 24: it has no balance losses, scores or capacity, and few tokens are a tie.
     router, sinkhorn = _router(draw, busy, sizes), draw(st.integers(0, 23)) == 23
     sinkhorn = sinkhorn and chosen not in NORMALISED
     router, normalised = (router | BALANCED, False) if sinkhorn else (router, normalised)

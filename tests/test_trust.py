@@ -188,7 +188,10 @@ def test_a_name_may_hold_anything(tmp_path: Path, capsys: pytest.CaptureFixture[
 @settings(max_examples=300, derandomize=True, database=None, deadline=None)
 @given(cases(max_ranks=8))
 def test_what_is_drawn_stays_below_the_bound(case: Case) -> None:
-    """A file that the fuzzer writes must load; and the weights that the bound counts are those there are."""
+    """A file that the fuzzer writes must load; and the weights that the bound counts are those there are.
+
+    Half the bound was enough while most cases were copies; six stages of 16 experts and 40 rows ask for 4.3 of 8.6 GB.
+    """
     sizes = [sum(_numbers(shape) for shape in weights.shapes(case.model, role).values()) for role in weights.ROLES]
     assert max(sizes) <= memory.weights(case.model) <= 1.5 * max(sizes)
     assert memory.needed(case) <= memory.MOST
