@@ -2,7 +2,7 @@
 
 from fuzz.case import Case
 from fuzz.known_bug import Known
-from toy_models.spec import Batch, Layout, MoEModel, Switches
+from toy_models.spec import PPO, Batch, Layout, MoEModel, Switches
 
 MENDS = "toy_models.planted.mends_of_layers"
 BATCH, CUT = Batch(rows=2, prompt=4, response=2), Layout(world=2, tp=2, ep=2)
@@ -67,6 +67,26 @@ KNOWN = (
             model=MoEModel(**SHARED, glu_offset=-0.25),  # type: ignore[arg-type]
             batch=BATCH,
             switches=Switches(shared_overlap=True),
+        ),
+    ),
+    Known(
+        id="shared-gate-before-its-gather",
+        upstream="docs/findings/shared-gate-before-its-gather.md",
+        lives=("0.16.1",),
+        # Overlapped, the shared expert is never called as a module: the hook that waits for its gate does not run.
+        covers=lambda case: (
+            case.switches.shared_overlap and case.switches.overlap_gather and case.model.family == "qwen2moe"
+        ),
+        law="every rank finishes",
+        mend=f"{MENDS}:shared_gate_waits",
+        example=Case(
+            layout=Layout(world=2),
+            model=MoEModel(**SHARED),  # type: ignore[arg-type]
+            batch=Batch(rows=4),
+            ppo=PPO(mini_batches=2, optimizer="adam", lr=0.03, critic_lr=0.03, eps=0.01),
+            switches=Switches(
+                distributed=True, overlap_reduce=True, overlap_gather=True, bucket=1, shared_overlap=True
+            ),
         ),
     ),
     Known(

@@ -9,7 +9,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
-from toy_models.planted.rewrite import after_init, rewrite, rewrite_everywhere
+from toy_models.planted.rewrite import after_init, rewrite, rewrite_everywhere, wrap
 
 
 def biases_added_out_of_place() -> None:
@@ -57,6 +57,20 @@ def overlapped_experts_are_clamped() -> None:
         "                    return self.config.activation_func(gate) * (up + self.config.glu_linear_offset)"
     )
     rewrite(SharedExpertMLP, "linear_fc1_forward_and_act", (old, new))
+
+
+def shared_gate_waits() -> None:
+    """moe_shared_expert_overlap: the shared expert runs its hooks, which wait for gathered parameters, before its gate.
+
+    docs/findings/shared-gate-before-its-gather.md.
+    """
+
+    def waited(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        for hook in self._forward_pre_hooks.values():
+            hook(self, args)
+        return original(self, *args, **kwargs)
+
+    wrap(SharedExpertMLP, "pre_forward_comm", waited)
 
 
 def gates_of_own_heads() -> None:
